@@ -1,0 +1,39 @@
+"""Questions asked of a recorded run, each answered by one table.
+
+An analysis is a function from a store, a run, filters and parameters to an `AnalysisTable`, whose
+columns are described objects. `ANALYSES` lists them all, by the name that `moescope analyze` uses.
+Nothing here imports torch, transformers or streamlit.
+"""
+
+from __future__ import annotations
+
+from moescope.probe.analysis.contrast import expert_contrast
+from moescope.probe.analysis.export import table_as_json, write_table
+from moescope.probe.analysis.filters import Filters, parse_conditions
+from moescope.probe.analysis.frame import Analysis, AnalysisTable, Column, Context, Parameter
+from moescope.probe.analysis.languages import language_divergence
+from moescope.probe.analysis.load import expert_load, load_balance
+from moescope.probe.analysis.prompt_view import prompt_routing, token_routing
+from moescope.probe.analysis.registry import ANALYSES, find_analysis
+from moescope.probe.analysis.specialization import expert_specialization
+
+__all__ = [
+    "ANALYSES",
+    "Analysis",
+    "AnalysisTable",
+    "Column",
+    "Context",
+    "Filters",
+    "Parameter",
+    "expert_contrast",
+    "expert_load",
+    "expert_specialization",
+    "find_analysis",
+    "language_divergence",
+    "load_balance",
+    "parse_conditions",
+    "prompt_routing",
+    "table_as_json",
+    "token_routing",
+    "write_table",
+]

@@ -1,0 +1,330 @@
+"""From one recorded batch to the rows of the store: prompts, tokens, routing, usage.
+
+Padding is dropped here, and every recorded row is tied to the token it routed. Letters: N routed
+tokens of the batch, K experts per token, E routed experts, G groups of tokens (prompt, phase,
+segment, special or not). Nothing is written that does not add up: rows that are missing, ids that
+repeat within a token or lie out of range, and weights that are not finite stop with the layer's
+name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from moescope.kernels.route import selection_scores
+from moescope.probe.errors import RecordingError
+from moescope.probe.generation import Answer
+from moescope.probe.outcomes import judge
+from moescope.probe.record import LayerTrace, Trace
+from moescope.probe.rendering import RenderedPrompt
+from moescope.probe.routers import LayerInfo
+
+RecordLevel = Literal["usage", "topk"]
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class RecordedBatch:
+    """One batch after it ran.
+
+    Attributes:
+        rendered: its prompts, one row of the batch each.
+        answers: what the model wrote for each, or None where nothing was generated.
+        trace: the routing of the prefill and of each decoding step.
+    """
+
+    rendered: Sequence[RenderedPrompt]
+    answers: Sequence[Answer] | None
+    trace: Trace
+
+
+def batch_tables(
+    run_id: str,
+    batch: RecordedBatch,
+    *,
+    layers: Sequence[LayerInfo],
+    level: RecordLevel,
+    tokenizer: Any,
+) -> dict[str, pa.Table]:
+    """The store's rows for one batch, table by table.
+
+    Args:
+        run_id: the run they belong to.
+        batch: what was recorded.
+        layers: the layers to keep.
+        level: `usage` leaves the table `routing` out.
+        tokenizer: for the text of single tokens.
+
+    Raises:
+        RecordingError: what was recorded does not add up.
+    """
+    tokens = _token_columns(batch, tokenizer)
+    routed = _routed_rows(batch)
+    groups = _Groups.of(tokens, routed)
+    routing: list[pa.Table] = []
+    usage: list[pa.Table] = []
+    for info in layers:
+        layer = _ranked(info, batch.trace[info.layer], routed.recorded_row)
+        usage.append(_usage_table(info, layer, groups))
+        if level == "topk":
+            routing.append(_routing_table(info, layer, routed))
+    tables = {
+        "prompts": pa.table(_prompt_columns(batch)),
+        "tokens": pa.table({name: pa.array(column) for name, column in tokens.items()}),
+        "usage_arrays": pa.concat_tables(usage),
+    }
+    if routing:
+        tables["routing"] = pa.concat_tables(routing)
+    return {name: _with_run(run_id, table) for name, table in tables.items()}
+
+
+def _with_run(run_id: str, table: pa.Table) -> pa.Table:
+    column = pa.repeat(pa.scalar(run_id), table.num_rows)
+    return table.add_column(0, "run_id", column)
+
+
+def _prompt_columns(batch: RecordedBatch) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {}
+    for index, rendered in enumerate(batch.rendered):
+        prompt = rendered.prompt
+        answer = batch.answers[index] if batch.answers is not None else None
+        verdict = None
+        if answer is not None:
+            verdict = judge(
+                answer.text,
+                expected=prompt.expected,
+                lang=prompt.lang,
+                truncated=not answer.ended,
+            )
+        row = {
+            "prompt_id": prompt.prompt_id,
+            "key": prompt.key,
+            "text": prompt.text,
+            "rendered_text": rendered.text,
+            "set_name": prompt.set_name,
+            "label": prompt.label,
+            "lang": prompt.lang,
+            "domain": prompt.domain,
+            "pair_id": prompt.pair_id,
+            "target": prompt.target,
+            "span": prompt.span,
+            "expected": prompt.expected,
+            "num_tokens": len(rendered),
+            "num_generated": 0 if answer is None else len(answer.token_ids),
+            "response": None if answer is None else answer.text,
+            "outcome": None if verdict is None else verdict.outcome,
+            "detector": None if verdict is None else verdict.detector,
+            "meta": json.dumps(prompt.meta, ensure_ascii=False, default=str),
+        }
+        for name, value in row.items():
+            columns.setdefault(name, []).append(value)
+    return columns
+
+
+def _token_columns(batch: RecordedBatch, tokenizer: Any) -> dict[str, Array]:
+    """Columns of the table `tokens`, prompts one after the other, in order of position."""
+    special = frozenset(tokenizer.all_special_ids)
+    text_of: dict[int, str] = {}
+    rows: list[tuple[Any, ...]] = []
+    for rendered, generated in zip(batch.rendered, _generated_ids(batch), strict=True):
+        written = _written_segments(generated, tokenizer)
+        parts = [
+            *zip(rendered.token_ids, rendered.segments, rendered.is_special, rendered.in_span,
+                 strict=True),
+            *((token, segment, token in special, False)
+              for token, segment in zip(generated, written, strict=True)),
+        ]  # fmt: skip
+        for position, (token_id, segment, is_special, in_span) in enumerate(parts):
+            if token_id not in text_of:
+                text_of[token_id] = tokenizer.decode([token_id])
+            is_prompt = position < len(rendered)
+            is_last_written = not is_prompt and position == len(parts) - 1
+            rows.append((
+                rendered.prompt.prompt_id, position, token_id, text_of[token_id],
+                "prompt" if is_prompt else "generated", segment, is_special, in_span,
+                not is_last_written,
+            ))  # fmt: skip
+    names = ("prompt_id", "position", "token_id", "token", "phase", "segment", "is_special",
+             "in_span", "is_routed")  # fmt: skip
+    return {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+def _generated_ids(batch: RecordedBatch) -> list[tuple[int, ...]]:
+    if batch.answers is None:
+        return [()] * len(batch.rendered)
+    return [answer.token_ids for answer in batch.answers]
+
+
+def _written_segments(generated: Sequence[int], tokenizer: Any) -> list[str]:
+    """`thinking` up to the end-of-thinking token where the tokenizer has one, else `answer`."""
+    end = tokenizer.get_vocab().get("</think>")
+    if end is None or end not in generated:
+        return ["answer"] * len(generated)
+    thought = generated.index(end) + 1
+    return ["thinking"] * thought + ["answer"] * (len(generated) - thought)
+
+
+@dataclass(frozen=True)
+class _RoutedRows:
+    """Which recorded row is which token, prompts one after the other, by position.
+
+    Attributes:
+        recorded_row: row in the concatenated forwards, int[N].
+        prompt_id: int[N].
+        position: int[N].
+    """
+
+    recorded_row: Array
+    prompt_id: Array
+    position: Array
+
+
+def _routed_rows(batch: RecordedBatch) -> _RoutedRows:
+    lengths = [len(rendered) for rendered in batch.rendered]
+    num_written = [len(ids) for ids in _generated_ids(batch)]
+    num_rows, width = len(lengths), max(lengths)
+    _check_forwards(batch, num_rows, width, num_forwards=max(1, *num_written))
+    recorded: list[Array] = []
+    positions: list[Array] = []
+    for row, (length, written) in enumerate(zip(lengths, num_written, strict=True)):
+        prefill = row * width + (width - length) + np.arange(length)
+        steps = np.arange(max(written - 1, 0))
+        recorded += [prefill, num_rows * width + steps * num_rows + row]
+        positions.append(np.arange(length + len(steps)))
+    ids = [rendered.prompt.prompt_id for rendered in batch.rendered]
+    return _RoutedRows(
+        np.concatenate(recorded),
+        np.repeat(ids, [len(column) for column in positions]),
+        np.concatenate(positions),
+    )
+
+
+def _check_forwards(batch: RecordedBatch, num_rows: int, width: int, num_forwards: int) -> None:
+    """One prefill over the padded prompts, then one row per prompt and decoding step."""
+    forwards = batch.trace.forwards
+    if len(forwards) != num_forwards:
+        raise RecordingError(
+            f"the model ran {len(forwards)} forwards where {num_forwards} were expected for "
+            f"{num_rows} prompts; its rows cannot be tied to tokens"
+        )
+    for index, forward in enumerate(forwards):
+        expected = num_rows * (width if index == 0 else 1)
+        for info in batch.trace.layers:
+            found = forward[info.layer].expert_ids.shape[0]
+            if found != expected:
+                raise RecordingError(
+                    f"layer {info.layer} ({info.module}) routed {found} tokens in forward "
+                    f"{index} where {expected} passed the model"
+                )
+
+
+@dataclass(frozen=True)
+class _RankedLayer:
+    """One layer's routed tokens, experts by rank: float[N, K], int[N, K], float[N, E]."""
+
+    weights: Array
+    expert_ids: Array
+    probs: Array
+
+
+def _ranked(info: LayerInfo, trace: LayerTrace, rows: Array) -> _RankedLayer:
+    """Pick the batch's real tokens and put each token's experts in rank order."""
+    where = f"layer {info.layer} ({info.module})"
+    weights = trace.weights.float().numpy()[rows]
+    ids = trace.expert_ids.numpy()[rows]
+    probs = selection_scores(trace.logits, info.rule).numpy()[rows]
+    if not (np.isfinite(weights).all() and np.isfinite(probs).all()):
+        raise RecordingError(f"{where}: routing weights or scores are not finite numbers")
+    if ids.min() < 0 or ids.max() >= info.num_experts:
+        raise RecordingError(f"{where}: expert ids outside 0..{info.num_experts - 1}")
+    # Ties in weight (coarse dtypes) fall to the higher score, then to the lower id.
+    scores = np.take_along_axis(probs, ids, axis=1)
+    order = np.lexsort((ids, -scores, -weights), axis=1)
+    ids = np.take_along_axis(ids, order, axis=1)
+    ordered = np.sort(ids, axis=1)
+    if (ordered[:, 1:] == ordered[:, :-1]).any():
+        raise RecordingError(f"{where}: an expert id repeats within a token")
+    return _RankedLayer(np.take_along_axis(weights, order, axis=1), ids, probs)
+
+
+def _routing_table(info: LayerInfo, layer: _RankedLayer, routed: _RoutedRows) -> pa.Table:
+    num_tokens, top_k = layer.expert_ids.shape
+    num_slots = num_tokens * top_k
+    return pa.table(
+        {
+            "prompt_id": np.repeat(routed.prompt_id, top_k),
+            "position": np.repeat(routed.position, top_k),
+            "layer": np.full(num_slots, info.layer),
+            "kind": pa.repeat(pa.scalar(info.kind), num_slots),
+            "rank": np.tile(np.arange(top_k), num_tokens),
+            "expert": layer.expert_ids.reshape(-1),
+            "weight": layer.weights.reshape(-1),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Routed tokens grouped as the table `usage` counts them.
+
+    Attributes:
+        group_of: group of each routed token, int[N].
+        columns: what makes a group, one entry per group.
+    """
+
+    group_of: Array
+    columns: dict[str, Array]
+
+    @classmethod
+    def of(cls, tokens: dict[str, Array], routed: _RoutedRows) -> _Groups:
+        """Group the routed tokens by prompt, phase, segment and special or not."""
+        kept = tokens["is_routed"]
+        if not (
+            np.array_equal(tokens["prompt_id"][kept], routed.prompt_id)
+            and np.array_equal(tokens["position"][kept], routed.position)
+        ):
+            raise RecordingError("recorded rows and tokens do not match")
+        names = ("prompt_id", "phase", "segment", "is_special")
+        keys = list(zip(*(tokens[name][kept].tolist() for name in names), strict=True))
+        number: dict[tuple[Any, ...], int] = {}
+        group_of = np.array([number.setdefault(key, len(number)) for key in keys])
+        columns = zip(names, zip(*number, strict=True), strict=True)
+        return cls(group_of, {name: np.array(column) for name, column in columns})
+
+    def __len__(self) -> int:
+        return len(self.columns["prompt_id"])
+
+
+def _usage_table(info: LayerInfo, layer: _RankedLayer, groups: _Groups) -> pa.Table:
+    num_groups, num_experts = len(groups), info.num_experts
+    cell = (groups.group_of[:, None] * num_experts + layer.expert_ids).reshape(-1)
+    size = num_groups * num_experts
+    counts = np.bincount(cell, minlength=size)
+    weight_sums = np.bincount(cell, weights=layer.weights.reshape(-1), minlength=size)
+    prob_sums = np.zeros((num_groups, num_experts))
+    np.add.at(prob_sums, groups.group_of, layer.probs)
+    return pa.table(
+        {
+            **{name: pa.array(column) for name, column in groups.columns.items()},
+            "layer": np.full(num_groups, info.layer),
+            "kind": pa.repeat(pa.scalar(info.kind), num_groups),
+            "routed_tokens": np.bincount(groups.group_of, minlength=num_groups),
+            "num_tokens": _rows_of(counts.astype(np.int32), num_experts),
+            "weight_sum": _rows_of(weight_sums.astype(np.float32), num_experts),
+            "prob_sum": _rows_of(prob_sums.astype(np.float32).reshape(-1), num_experts),
+        }
+    )
+
+
+def _rows_of(values: Array, width: int) -> pa.Array:
+    offsets = np.arange(0, len(values) + 1, width, dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+

@@ -1,0 +1,147 @@
+-- The store, version 1. Names and columns are a contract with users and other programs.
+-- Statements are separated by semicolons at the end of a line.
+
+CREATE TABLE moescope_schema (version INTEGER NOT NULL);
+
+CREATE TABLE runs (
+    run_id TEXT PRIMARY KEY,          -- the name the user gave
+    model TEXT NOT NULL,
+    revision TEXT,
+    family TEXT,                      -- transformers' model_type
+    created_at TIMESTAMPTZ NOT NULL,
+    finished_at TIMESTAMPTZ,
+    status TEXT NOT NULL,             -- running, complete, failed
+    source TEXT NOT NULL,             -- recorded, import:FORMAT
+    record_level TEXT NOT NULL,       -- usage, topk
+    plan_id TEXT,
+    num_prompts INTEGER,              -- planned
+    num_tokens BIGINT,                -- rows of tokens, once complete
+    manifest JSON NOT NULL            -- versions, dtype, device, threads, arguments, hashes, seed, template
+);
+
+CREATE TABLE layers (
+    run_id TEXT NOT NULL,
+    layer SMALLINT NOT NULL,          -- decoder layer index
+    kind TEXT NOT NULL,               -- mlp, attention, encoder, mtp
+    moe_layer SMALLINT NOT NULL,      -- ordinal from 0 among routed layers of that kind
+    module TEXT NOT NULL,             -- the router's name in the model
+    num_experts SMALLINT NOT NULL,
+    top_k SMALLINT NOT NULL,
+    num_shared_experts SMALLINT NOT NULL,
+    rule JSON,                        -- how this router selects
+    PRIMARY KEY (run_id, layer, kind)
+);
+
+CREATE TABLE prompts (
+    run_id TEXT NOT NULL,
+    prompt_id INTEGER NOT NULL,       -- order in the prompt files, from 0
+    key TEXT,                         -- the file's id
+    text TEXT NOT NULL,               -- the user's text
+    rendered_text TEXT NOT NULL,      -- what was tokenized
+    set_name TEXT NOT NULL,
+    label TEXT,
+    lang TEXT,
+    domain TEXT,
+    pair_id TEXT,
+    target TEXT,
+    span TEXT,
+    expected TEXT,                    -- the file's answer
+    num_tokens INTEGER NOT NULL,      -- of the prompt
+    num_generated INTEGER NOT NULL,
+    response TEXT,                    -- what the model wrote, null when nothing was generated
+    outcome TEXT,                     -- correct, other, partial, refused, broken; null without a response
+    detector TEXT,                    -- what decided the outcome
+    meta JSON
+);
+
+CREATE TABLE tokens (
+    run_id TEXT NOT NULL,
+    prompt_id INTEGER NOT NULL,
+    position INTEGER NOT NULL,        -- from 0 within the unpadded sequence, prompt and answer together
+    token_id INTEGER NOT NULL,
+    token TEXT NOT NULL,
+    phase TEXT NOT NULL,              -- prompt, generated: of the input token
+    segment TEXT NOT NULL,            -- system, user, template, thinking, answer
+    is_special BOOLEAN NOT NULL,
+    in_span BOOLEAN NOT NULL,
+    is_routed BOOLEAN NOT NULL        -- the last generated token never passes the model
+);
+
+CREATE TABLE routing (
+    run_id TEXT NOT NULL,
+    prompt_id INTEGER NOT NULL,
+    position INTEGER NOT NULL,
+    layer SMALLINT NOT NULL,
+    kind TEXT NOT NULL,
+    rank UTINYINT,                    -- 0 = highest selection score
+    expert USMALLINT NOT NULL,
+    weight FLOAT                      -- what multiplied the expert's output
+);
+
+-- One row per prompt, token group and layer; the arrays are indexed by expert.
+CREATE TABLE usage_arrays (
+    run_id TEXT NOT NULL,
+    prompt_id INTEGER NOT NULL,
+    phase TEXT NOT NULL,
+    segment TEXT NOT NULL,
+    is_special BOOLEAN NOT NULL,
+    layer SMALLINT NOT NULL,
+    kind TEXT NOT NULL,
+    routed_tokens INTEGER NOT NULL,   -- tokens of this group that passed the router
+    num_tokens INTEGER[] NOT NULL,    -- tokens that selected each expert
+    weight_sum FLOAT[] NOT NULL,      -- sum of routing weights over those tokens
+    prob_sum FLOAT[] NOT NULL         -- sum of router scores (after softmax or sigmoid) over all tokens
+);
+
+CREATE VIEW usage AS
+SELECT run_id, prompt_id, phase, segment, is_special, layer, kind,
+       unnest(range(len(num_tokens)))::USMALLINT AS expert,
+       unnest(num_tokens) AS num_tokens,
+       unnest(weight_sum) AS weight_sum,
+       unnest(prob_sum) AS prob_sum
+FROM usage_arrays;
+
+CREATE TABLE plans (
+    plan_id TEXT PRIMARY KEY,         -- hash of the plan's content
+    name TEXT,
+    created_at TIMESTAMPTZ NOT NULL,
+    plan JSON NOT NULL
+);
+
+CREATE TABLE evaluations (
+    evaluation_id TEXT NOT NULL,
+    plan_id TEXT,
+    created_at TIMESTAMPTZ NOT NULL,
+    condition TEXT NOT NULL,          -- unsteered, steered, control:NAME:SEED
+    set_name TEXT NOT NULL,
+    metric TEXT NOT NULL,
+    value DOUBLE,
+    low DOUBLE,
+    high DOUBLE,
+    n INTEGER,
+    details JSON
+);
+
+CREATE TABLE measurements (
+    measurement_id TEXT NOT NULL,
+    what TEXT NOT NULL,
+    model TEXT NOT NULL,
+    created_at TIMESTAMPTZ NOT NULL,
+    layer SMALLINT,
+    kind TEXT,
+    expert USMALLINT,
+    metric TEXT NOT NULL,
+    value DOUBLE,
+    n INTEGER,
+    details JSON
+);
+
+-- Which shards are in: what makes every shard count exactly once.
+CREATE TABLE ingested_shards (
+    run_id TEXT NOT NULL,
+    shard_id TEXT NOT NULL,
+    checksum TEXT NOT NULL,
+    PRIMARY KEY (run_id, shard_id)
+);
+
+INSERT INTO moescope_schema VALUES (1);
