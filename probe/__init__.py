@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moescope.probe.models import ModelBundle, load_model
     from moescope.probe.prompts import Prompt, read_prompts
-    from moescope.probe.record import Trace, record
+    from moescope.probe.recording import Trace, record
     from moescope.probe.storage.store import Store
     from moescope.probe.trace import trace_prompts
 
@@ -19,10 +19,10 @@ _HOME = {
     "ModelBundle": "models",
     "Prompt": "prompts",
     "Store": "storage.store",
-    "Trace": "record",
+    "Trace": "recording",
     "load_model": "models",
     "read_prompts": "prompts",
-    "record": "record",
+    "record": "recording",
     "trace_prompts": "trace",
 }
 

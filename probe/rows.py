@@ -22,7 +22,7 @@ from moescope.kernels.route import selection_scores
 from moescope.probe.errors import RecordingError
 from moescope.probe.generation import Answer
 from moescope.probe.outcomes import judge
-from moescope.probe.record import LayerTrace, Trace
+from moescope.probe.recording import LayerTrace, Trace
 from moescope.probe.rendering import RenderedPrompt
 from moescope.probe.routers import LayerInfo
 

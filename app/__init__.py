@@ -1,0 +1,1 @@
+"""The doors into moescope for people: the command line and the dashboard."""

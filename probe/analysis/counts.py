@@ -1,0 +1,308 @@
+"""What groups of prompts used, per router and expert: the reader under every analysis.
+
+Counts come from `usage_arrays` where the phase and segment of a token suffice, and from `routing`
+joined with `tokens` where its position matters (`last_prompt`, `first_generated`, `span`); both
+give the same shape. Arrays travel through Arrow, a bounded number of prompts at a time, and one
+sparse product per router sums them over groups.
+
+Letters: P prompts, G groups of prompts, E experts of a router, R rows read, S slots read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import DTypeLike, NDArray
+from scipy import sparse
+
+from moescope.probe.analysis.filters import Filters
+from moescope.probe.analysis.selection import IntArray, Router, Selection
+from moescope.probe.errors import AnalysisInputError
+
+Quantity = Literal["num_tokens", "weight_sum", "prob_sum"]
+FloatArray = NDArray[np.floating[Any]]
+
+# Array elements fetched at a time (240 MB as 4-byte numbers), and the token groups (prompt,
+# template, answer) that a prompt usually has: together they bound the prompts per read.
+ELEMENTS_PER_READ = 60_000_000
+GROUPS_PER_PROMPT = 3
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RouterUsage:
+    """What groups of prompts used at one router.
+
+    Attributes:
+        router: the router.
+        tokens_G: routed tokens counted in each group.
+        sums: quantity -> sums over those tokens, [G, E].
+    """
+
+    router: Router
+    tokens_G: FloatArray
+    sums: Mapping[str, FloatArray]
+
+    @property
+    def counts_GE(self) -> FloatArray:
+        """Tokens of each group that selected each expert, [G, E]."""
+        return self.sums["num_tokens"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GroupedUsage:
+    """The usage of all selected routers, and how much was counted.
+
+    Attributes:
+        routers: one entry per router, in the order of the selection.
+        tokens_P: counted tokens of each selected prompt (at the router that saw most of them).
+        prompts_G: prompts of each group with at least one counted token.
+    """
+
+    routers: tuple[RouterUsage, ...]
+    tokens_P: FloatArray
+    prompts_G: IntArray
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts with at least one counted token, in any group."""
+        return int(self.prompts_G.sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Counted tokens, at the router that saw most of them."""
+        return int(max((usage.tokens_G.sum() for usage in self.routers), default=0))
+
+
+def read_counts(
+    selection: Selection,
+    group_P: IntArray,
+    *,
+    quantities: Sequence[Quantity] = ("num_tokens",),
+    dtype: DTypeLike = np.float64,
+) -> GroupedUsage:
+    """Sum usage over groups of prompts.
+
+    Args:
+        selection: the prompts, tokens and routers that count.
+        group_P: the group of each selected prompt, from 0; -1 leaves the prompt out.
+        quantities: what to sum over the counted tokens: selections (`num_tokens`), routing
+            weights (`weight_sum`), router scores over all E (`prob_sum`).
+        dtype: of the sums; float32 is exact for counts below 2**24.
+
+    Raises:
+        AnalysisInputError: when the run lacks what is asked, or no token is left.
+    """
+    num_groups = int(group_P.max(initial=-1)) + 1
+    totals = {
+        router: _Totals(router, num_groups, quantities, dtype) for router in selection.routers
+    }
+    read_rows = _routing_rows if selection.filters.needs_positions else _usage_rows
+    ids_P = selection.prompt_ids_P
+    tokens_P = np.zeros(len(ids_P))
+    for batch in _batches(selection, group_P):
+        for router, rows in read_rows(selection, batch, quantities):
+            index_R = np.searchsorted(ids_P, rows.prompt_id_R)
+            totals[router].add(group_P[index_R], rows)
+            seen_P = np.bincount(index_R, rows.tokens_R, minlength=len(ids_P))
+            np.maximum(tokens_P, seen_P, out=tokens_P)
+    tokens_P[group_P < 0] = 0
+    counted_P = tokens_P > 0
+    if not counted_P.any():
+        raise AnalysisInputError(
+            f"run {selection.run_id!r} has no routed token among: {selection.filters.describe()}"
+        )
+    return GroupedUsage(
+        routers=tuple(total.usage() for total in totals.values()),
+        tokens_P=tokens_P,
+        prompts_G=np.bincount(group_P[counted_P], minlength=num_groups),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Rows:
+    """Rows of one router: the prompt, its counted tokens, and arrays [R, E] by quantity."""
+
+    prompt_id_R: IntArray
+    tokens_R: FloatArray
+    arrays: Mapping[str, FloatArray | sparse.csr_array]
+
+
+class _Totals:
+    """Running sums over groups for one router."""
+
+    def __init__(
+        self, router: Router, num_groups: int, quantities: Sequence[str], dtype: DTypeLike
+    ) -> None:
+        self.router = router
+        self.tokens_G = np.zeros(num_groups)
+        self.sums = {
+            name: np.zeros((num_groups, router.num_experts), dtype=dtype) for name in quantities
+        }
+
+    def add(self, group_R: IntArray, rows: _Rows) -> None:
+        """Add rows to their groups; rows of group -1 are skipped."""
+        kept = np.flatnonzero(group_R >= 0)
+        shape = (len(self.tokens_G), len(group_R))
+        indicator = sparse.csr_array((np.ones(len(kept)), (group_R[kept], kept)), shape=shape)
+        self.tokens_G += indicator @ rows.tokens_R
+        for name, array in rows.arrays.items():
+            product = indicator @ array
+            self.sums[name] += product.toarray() if sparse.issparse(product) else product
+
+    def usage(self) -> RouterUsage:
+        """The sums so far."""
+        return RouterUsage(router=self.router, tokens_G=self.tokens_G, sums=self.sums)
+
+
+def _batches(selection: Selection, group_P: IntArray) -> Iterator[tuple[int, int]]:
+    """First and last prompt id of each read, so that no read is larger than the bound."""
+    ids = selection.prompt_ids_P[group_P >= 0]
+    elements = GROUPS_PER_PROMPT * sum(router.num_experts for router in selection.routers)
+    step = max(1, ELEMENTS_PER_READ // elements)
+    for start in range(0, len(ids), step):
+        yield int(ids[start]), int(ids[min(start + step, len(ids)) - 1])
+
+
+def _usage_rows(
+    selection: Selection, batch: tuple[int, int], quantities: Sequence[Quantity]
+) -> Iterator[tuple[Router, _Rows]]:
+    conditions = [
+        "run_id = ?",
+        "prompt_id BETWEEN ? AND ?",
+        router_condition(selection.routers),
+        *_token_conditions(selection.filters),
+    ]
+    table = selection.store.arrow(
+        f"SELECT prompt_id, layer, kind, routed_tokens, {', '.join(quantities)} "
+        f"FROM usage_arrays WHERE {' AND '.join(conditions)}",
+        [selection.run_id, *batch],
+    ).combine_chunks()
+    kept_R = np.isin(column_array(table, "prompt_id"), selection.prompt_ids_P)
+    for router in selection.routers:
+        rows = np.flatnonzero(kept_R & _is_router(table, router))
+        if not len(rows):
+            continue
+        part = table.take(pa.array(rows))
+        yield (
+            router,
+            _Rows(
+                prompt_id_R=column_array(part, "prompt_id"),
+                tokens_R=column_array(part, "routed_tokens").astype(np.float64),
+                arrays={name: _matrix(part, name, router, selection) for name in quantities},
+            ),
+        )
+
+
+def _routing_rows(
+    selection: Selection, batch: tuple[int, int], quantities: Sequence[Quantity]
+) -> Iterator[tuple[Router, _Rows]]:
+    if "prob_sum" in quantities:
+        raise AnalysisInputError(
+            f"router scores are summed over whole phases, so tokens {selection.filters.scope!r} "
+            "cannot be picked out of them; use tokens all, prompt or generated"
+        )
+    used = (
+        f"WITH chosen AS ({chosen_tokens_sql(selection.filters)}), used AS ("
+        "SELECT r.prompt_id, r.position, r.layer, r.kind, r.expert, r.weight FROM routing r "
+        "JOIN chosen USING (prompt_id, position) WHERE r.run_id = ? AND "
+        f"{router_condition(selection.routers, 'r.')}) "
+    )
+    parameters = [selection.run_id, *batch, selection.run_id]
+    slots = selection.store.arrow(
+        used + "SELECT prompt_id, layer, kind, expert, count(*)::DOUBLE AS num_tokens, "
+        "sum(weight)::DOUBLE AS weight_sum FROM used GROUP BY ALL",
+        parameters,
+    )
+    tokens = selection.store.arrow(
+        used + "SELECT prompt_id, layer, kind, count(DISTINCT position)::DOUBLE AS num_tokens "
+        "FROM used GROUP BY ALL ORDER BY prompt_id",
+        parameters,
+    )
+    kept_R = np.isin(column_array(tokens, "prompt_id"), selection.prompt_ids_P)
+    kept_S = np.isin(column_array(slots, "prompt_id"), selection.prompt_ids_P)
+    for router in selection.routers:
+        own_R = kept_R & _is_router(tokens, router)
+        own_S = kept_S & _is_router(slots, router)
+        prompt_id_R = column_array(tokens, "prompt_id")[own_R]
+        if not len(prompt_id_R):
+            continue
+        row_S = np.searchsorted(prompt_id_R, column_array(slots, "prompt_id")[own_S])
+        cells = (row_S, column_array(slots, "expert")[own_S].astype(np.int64))
+        shape = (len(prompt_id_R), router.num_experts)
+        arrays = {
+            name: sparse.csr_array((column_array(slots, name)[own_S], cells), shape=shape)
+            for name in quantities
+        }
+        tokens_R = column_array(tokens, "num_tokens")[own_R]
+        yield router, _Rows(prompt_id_R=prompt_id_R, tokens_R=tokens_R, arrays=arrays)
+
+
+def chosen_tokens_sql(filters: Filters) -> str:
+    """SQL for `prompt_id, position` of the tokens that the filters pick.
+
+    Its parameters are the run, the first and the last prompt id.
+    """
+    conditions = ["t.run_id = ?", "t.prompt_id BETWEEN ? AND ?", "t.is_routed"]
+    positions = {
+        "last_prompt": "t.position = p.num_tokens - 1",
+        "first_generated": "t.position >= p.num_tokens AND "
+        f"t.position < p.num_tokens + {filters.first_generated}",
+        "span": "t.in_span",
+    }
+    if filters.needs_positions:
+        conditions.append(positions[filters.scope])
+    conditions += _token_conditions(filters)
+    return (
+        "SELECT t.prompt_id, t.position FROM tokens t JOIN prompts p USING (run_id, prompt_id) "
+        f"WHERE {' AND '.join(conditions)}"
+    )
+
+
+def router_condition(routers: Sequence[Router], prefix: str = "") -> str:
+    """SQL that keeps the layers and kinds of these routers."""
+    layers = ", ".join(str(layer) for layer in sorted({router.layer for router in routers}))
+    kinds = ", ".join(f"'{kind}'" for kind in sorted({router.kind for router in routers}))
+    return f"{prefix}layer IN ({layers}) AND {prefix}kind IN ({kinds})"
+
+
+def column_array(table: pa.Table, name: str) -> NDArray[Any]:
+    """A column of numbers as a numpy array."""
+    return np.asarray(table.column(name).to_numpy())
+
+
+def _token_conditions(filters: Filters) -> list[str]:
+    """Conditions on phase, segment and is_special, which `usage_arrays` and `tokens` both have."""
+    phase = filters.scope if filters.scope in ("prompt", "generated") else filters.phase
+    conditions = [f"phase = '{phase}'"] if phase else []
+    if filters.segments is not None:
+        listed = ", ".join(f"'{segment}'" for segment in filters.segments)
+        conditions.append(f"segment IN ({listed})")
+    if filters.content_only and filters.scope != "last_prompt":
+        conditions.append("NOT is_special")
+        if filters.segments is None:
+            conditions.append("segment != 'template'")
+    return conditions
+
+
+def _is_router(table: pa.Table, router: Router) -> NDArray[np.bool_]:
+    """Which rows belong to a router."""
+    here = pc.and_(
+        pc.equal(table.column("layer"), router.layer), pc.equal(table.column("kind"), router.kind)
+    )
+    return np.asarray(here.to_numpy(), dtype=bool)
+
+
+def _matrix(table: pa.Table, name: str, router: Router, selection: Selection) -> FloatArray:
+    """A list column as [R, E]."""
+    values = table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    if len(values) != table.num_rows * router.num_experts:
+        raise AnalysisInputError(
+            f"run {selection.run_id!r} does not hold {name} for all {router.num_experts} experts "
+            f"of layer {router.layer}, so this cannot be computed from it"
+        )
+    return np.asarray(values).reshape(table.num_rows, router.num_experts)

@@ -1,0 +1,1 @@
+"""The demo models: their world, their training, their cards."""

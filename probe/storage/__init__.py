@@ -1,0 +1,1 @@
+"""Shards, the ingester, and the store."""

@@ -1,0 +1,392 @@
+"""Opening a store: readers and writers take turns, and nobody keeps the file.
+
+DuckDB locks its file by process, both ways, and refuses a second way of opening it inside one
+process with a different error. So both `reading` and `writing` open the file for one piece of work,
+wait with a bounded back-off when they cannot, and close it again.
+
+How a writer gets its turn among readers that come all the time: it holds an exclusive `flock` on
+`STORE.lock` from the moment it wants in until it is out again, and readers step through that lock
+before they open the store. The operating system drops the lock of a process that dies, so there is
+no stale request. The same lock makes writers wait for each other.
+
+Two facts that are easy to get wrong:
+
+- DuckDB's locks are POSIX record locks: when a process closes *any* descriptor of the file, all its
+  locks on the file are gone. Two threads, one opening and one closing the store, can so leave a
+  reader without a lock, which a writer then walks over. `_OPEN_OR_CLOSE` makes opening and closing
+  exclude each other inside this process. For the same reason, never open the store's file by other
+  means (not even to look at its first bytes) in a process that uses it.
+- DuckDB knows a file by the spelling of its path, so every path is resolved first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+import duckdb
+import pyarrow as pa
+
+from moescope.probe.errors import MoescopeError, StoreBusyError, StoreError
+from moescope.probe.storage.files import TEMPORARY_PREFIX, disk_errors, temporary_sibling
+from moescope.probe.storage.schema import check_schema, create_schema
+
+Announce = Callable[[str], None]
+"""Told in one sentence what a writer waits for."""
+
+SAFE_CONFIG: Final[dict[str, str | bool | int | float | list[str]]] = {
+    "enable_external_access": "false",
+    "autoload_known_extensions": "false",
+    "autoinstall_known_extensions": "false",
+    "lock_configuration": "true",
+}
+"""For every connection: a view in somebody else's store could otherwise read any file here."""
+
+APPENDABLE: Final = ("plans", "evaluations", "measurements")
+
+_FIRST_PAUSE_S: Final = 0.002
+_LONGEST_PAUSE_S: Final = 0.1
+_LET_WRITER_IN_S: Final = 2.0  # a reader waits this long for a writer before it tries all the same
+_ASK_S: Final = 5.0  # a writer asks readers to wait this long, then lets them pass for a moment
+_STEP_BACK_S: Final = 1.0
+_ANNOUNCE_AFTER_S: Final = 0.5
+_ANNOUNCE_EVERY_S: Final = 10.0
+_OPEN_OR_CLOSE = threading.Lock()
+_HOLDER = re.compile(r"Conflicting lock is held in (.+?) \(PID (\d+)\)")
+
+
+def resolve_store(path: str | os.PathLike[str]) -> Path:
+    """The one spelling of a store's path under which this process may open it."""
+    return Path(os.path.realpath(path))
+
+
+def lock_path(path: str | os.PathLike[str]) -> Path:
+    """The file on which writers of this store hold their lock."""
+    store = resolve_store(path)
+    return store.with_name(store.name + ".lock")
+
+
+@contextmanager
+def reading(
+    path: str | os.PathLike[str], *, wait_s: float = 30.0
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A read-only connection to a store, for one piece of work.
+
+    External access is off and the configuration locked. Fetch every result to its end inside the
+    block: an open result would keep the file.
+
+    Args:
+        path: the store.
+        wait_s: how long to wait for a writer, in seconds.
+
+    Yields:
+        A connection of this thread's own.
+
+    Raises:
+        StoreError: the file is missing, is no store, or has another schema version.
+        StoreBusyError: a writer kept the store for longer than `wait_s`.
+    """
+    store = resolve_store(path)
+    deadline = time.monotonic() + wait_s
+    _let_writer_in(store, deadline)
+    con = _open(store, read_only=True, deadline=deadline, while_busy=lambda holder: None)
+    try:
+        check_schema(con, store)
+        yield con
+    finally:
+        _close(con)
+
+
+@contextmanager
+def writing(
+    path: str | os.PathLike[str], *, wait_s: float = 60.0, announce: Announce | None = None
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """The one writing connection to a store, for one short piece of work; makes a missing store.
+
+    What the block did not commit is rolled back when it ends.
+
+    Args:
+        path: the store; it and its folder are made when missing.
+        wait_s: how long to wait for readers and other writers, in seconds.
+        announce: told what is waited for when that takes longer than half a second.
+
+    Yields:
+        A connection that no one else can write beside.
+
+    Raises:
+        StoreError: the file is no store or has another schema version.
+        StoreBusyError: others kept the store for longer than `wait_s`.
+        MoescopeError: the folder or the lock file cannot be written.
+    """
+    store = resolve_store(path)
+    deadline = time.monotonic() + wait_s
+    waiting = _Waiting(store, announce)
+    with disk_errors(f"preparing to write {store}"):
+        store.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock_path(store), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    turn = _Turn(descriptor, store, deadline, waiting)
+    try:
+        turn.take()
+        if not store.exists():
+            _create(store)
+        con = _open(store, read_only=False, deadline=deadline, while_busy=turn.ask)
+        try:
+            check_schema(con, store)
+            yield con
+        finally:
+            _close(con)
+    finally:
+        turn.release()
+
+
+def append(
+    path: str | os.PathLike[str],
+    table_name: str,
+    rows: pa.Table,
+    *,
+    wait_s: float = 60.0,
+    announce: Announce | None = None,
+) -> None:
+    """Add rows to one of the small tables: all of them or, after an error, none.
+
+    A plan that is already there (same `plan_id`, which is the hash of its content) stays as it is.
+
+    Args:
+        path: the store; made when missing.
+        table_name: one of `APPENDABLE`.
+        rows: columns named as in the table; columns left out become null.
+        wait_s: how long to wait for others, in seconds.
+        announce: told what is waited for.
+    """
+    if table_name not in APPENDABLE:
+        raise ValueError(f"rows can be added to {', '.join(APPENDABLE)}, not to {table_name!r}")
+    conflict = "ON CONFLICT DO NOTHING" if table_name == "plans" else ""
+    with writing(path, wait_s=wait_s, announce=announce) as con:
+        insert_rows(con, table_name, rows, conflict=conflict)
+
+
+def insert_rows(
+    con: duckdb.DuckDBPyConnection,
+    table_name: str,
+    rows: pa.Table,
+    *,
+    run_id: str | None = None,
+    conflict: str = "",
+) -> None:
+    """Insert Arrow rows by column name, with `run_id` as a constant where it is given."""
+    names = ", ".join(f'"{name}"' for name in rows.column_names)
+    columns, values, params = (
+        (names, names, []) if run_id is None else (f"run_id, {names}", f"?, {names}", [run_id])
+    )
+    con.register("moescope_rows", rows)
+    try:
+        con.execute(
+            f'INSERT INTO "{table_name}" ({columns}) SELECT {values} FROM moescope_rows {conflict}',
+            params,
+        ).fetchall()
+    finally:
+        con.unregister("moescope_rows")
+
+
+class _Waiting:
+    """Says what is waited for, not too early and not too often."""
+
+    def __init__(self, store: Path, announce: Announce | None) -> None:
+        self._store = store
+        self._announce = announce
+        self._next = time.monotonic() + _ANNOUNCE_AFTER_S
+
+    def on(self, holder: str) -> None:
+        """Announce the wait for `holder` when it is time to."""
+        if self._announce is not None and time.monotonic() >= self._next:
+            self._announce(f"waiting for {self._store}: {holder}")
+            self._next = time.monotonic() + _ANNOUNCE_EVERY_S
+
+
+class _Turn:
+    """A writer's place at the store: the exclusive lock on its lock file."""
+
+    def __init__(self, descriptor: int, store: Path, deadline: float, waiting: _Waiting) -> None:
+        self._descriptor = descriptor
+        self._store = store
+        self._deadline = deadline
+        self._waiting = waiting
+        self._since = 0.0
+
+    def take(self) -> None:
+        """Wait for other writers, then have the lock."""
+        for pause in _pauses():
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = self._other_writer()
+                self._waiting.on(holder)
+                _pause_until(pause, self._deadline, self._store, holder)
+            else:
+                break
+        self._since = time.monotonic()
+        note = json.dumps({"pid": os.getpid(), "since": time.time()}).encode()
+        with suppress(OSError):  # only there for other writers' messages
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, note, 0)
+
+    def ask(self, holder: str) -> None:
+        """Go on asking readers to wait; after a while let them pass for a moment."""
+        self._waiting.on(holder)
+        if time.monotonic() - self._since > _ASK_S:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            time.sleep(max(0.0, min(_STEP_BACK_S, self._deadline - time.monotonic())))
+            self.take()
+
+    def release(self) -> None:
+        """Give the place up, also for copies of the descriptor in forked processes."""
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        os.close(self._descriptor)
+
+    def _other_writer(self) -> str:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return f"process {json.loads(os.pread(self._descriptor, 200, 0))['pid']} writes it"
+        return "another process writes it"
+
+
+def _pauses() -> Iterator[float]:
+    """Growing pauses in seconds, spread at random so that waiters do not knock together."""
+    longest = _FIRST_PAUSE_S
+    while True:
+        yield longest * random.uniform(0.5, 1.0)
+        longest = min(2 * longest, _LONGEST_PAUSE_S)
+
+
+def _pause_until(pause: float, deadline: float, store: Path, holder: str) -> None:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise StoreBusyError(f"{store} stayed busy ({holder}); try again when that is done")
+    time.sleep(min(pause, left))
+
+
+def _let_writer_in(store: Path, deadline: float) -> None:
+    """Wait at the lock file while a writer wants in or is in, for a bounded time."""
+    try:
+        descriptor = os.open(lock_path(store), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # no writer has been here yet, or this user may not write here anyway
+        return
+    patience = min(deadline, time.monotonic() + _LET_WRITER_IN_S)
+    try:
+        for pause in _pauses():
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= patience:
+                    return
+                time.sleep(pause)
+            else:
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+                return
+    finally:
+        os.close(descriptor)
+
+
+def _open(
+    store: Path, *, read_only: bool, deadline: float, while_busy: Announce
+) -> duckdb.DuckDBPyConnection:
+    """Open the store, waiting while others have it in a way that excludes this one."""
+    for pause in _pauses():
+        if not store.exists():
+            raise missing_store(store)
+        try:
+            with _OPEN_OR_CLOSE:
+                return duckdb.connect(str(store), read_only=read_only, config=SAFE_CONFIG)
+        except duckdb.Error as error:
+            holder = _busy_with(error)
+            if holder is None:
+                raise _unreadable(store, error) from error
+        while_busy(holder)
+        _pause_until(pause, deadline, store, holder)
+    raise AssertionError("the pauses never end")
+
+
+def _close(con: duckdb.DuckDBPyConnection) -> None:
+    with _OPEN_OR_CLOSE:
+        con.close()
+
+
+def _busy_with(error: duckdb.Error) -> str | None:
+    """Who has the store, if that is what the error says; None for any other error."""
+    text = str(error)
+    if isinstance(error, duckdb.IOException) and "Could not set lock on file" in text:
+        holder = _HOLDER.search(text)
+        return f"process {holder[2]} ({holder[1]}) has it open" if holder else "it is open elsewhere"
+    if isinstance(error, duckdb.ConnectionException) and "different configuration" in text:
+        return "this process has it open in another way"
+    return None
+
+
+def _create(store: Path) -> None:
+    """Make a new store under a temporary name and give it its own in one step.
+
+    The caller has the writer's lock, so whatever an earlier creator left was killed.
+    """
+    for leftover in store.parent.glob(f"{TEMPORARY_PREFIX}{store.name}-*"):
+        leftover.unlink(missing_ok=True)
+    temporary = temporary_sibling(store)
+    try:
+        with disk_errors(f"making {store}"), database_errors(f"making {store}"):
+            con = duckdb.connect(str(temporary), config=SAFE_CONFIG)
+            try:
+                create_schema(con)
+            finally:
+                con.close()
+            temporary.rename(store)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def missing_store(store: Path) -> StoreError:
+    """The error for a store that is not there."""
+    return StoreError(
+        f"there is no store at {store}; "
+        f"`moescope trace MODEL --prompts FILE --store {store} --run NAME` makes one"
+    )
+
+
+def _unreadable(store: Path, error: duckdb.Error) -> StoreError:
+    if store.is_dir():
+        return StoreError(f"{store} is a folder, a store is a file; name one with --store")
+    if "not a valid DuckDB database file" in str(error):
+        return StoreError(f"{store} is not a DuckDB file; name a moescope store with --store")
+    first_line = str(error).splitlines()[0]
+    return StoreError(f"{store} cannot be opened as a store: {first_line}")
+
+
+@contextmanager
+def database_errors(doing: str) -> Iterator[None]:
+    """Turn what DuckDB says about disks and damaged files into one sentence.
+
+    Args:
+        doing: what was being done and to which file, to stand after "while".
+
+    Raises:
+        MoescopeError: in place of DuckDB's IO, fatal and internal errors.
+        StoreError: in place of a refused access to something outside the store.
+    """
+    try:
+        yield
+    except duckdb.PermissionException as error:
+        raise StoreError(
+            f"refused while {doing}: a view or query tried to reach outside the store "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    except (duckdb.IOException, duckdb.FatalException, duckdb.InternalException) as error:
+        first_line = str(error).splitlines()[0]
+        full = any(word in first_line for word in ("No space left", "File too large", "quota"))
+        reason = "the disk is full" if full else "the store could not be read or written"
+        raise MoescopeError(f"{reason} while {doing}: {first_line}") from error
