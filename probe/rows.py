@@ -46,7 +46,6 @@ class RecordedBatch:
 
 
 def batch_tables(
-    run_id: str,
     batch: RecordedBatch,
     *,
     layers: Sequence[LayerInfo],
@@ -56,7 +55,6 @@ def batch_tables(
     """The store's rows for one batch, table by table.
 
     Args:
-        run_id: the run they belong to.
         batch: what was recorded.
         layers: the layers to keep.
         level: `usage` leaves the table `routing` out.
@@ -82,12 +80,7 @@ def batch_tables(
     }
     if routing:
         tables["routing"] = pa.concat_tables(routing)
-    return {name: _with_run(run_id, table) for name, table in tables.items()}
-
-
-def _with_run(run_id: str, table: pa.Table) -> pa.Table:
-    column = pa.repeat(pa.scalar(run_id), table.num_rows)
-    return table.add_column(0, "run_id", column)
+    return tables
 
 
 def _prompt_columns(batch: RecordedBatch) -> dict[str, list[Any]]:
@@ -153,7 +146,8 @@ def _token_columns(batch: RecordedBatch, tokenizer: Any) -> dict[str, Array]:
             ))  # fmt: skip
     names = ("prompt_id", "position", "token_id", "token", "phase", "segment", "is_special",
              "in_span", "is_routed")  # fmt: skip
-    return {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    columns = zip(names, zip(*rows, strict=True), strict=True)
+    return {name: np.array(column) for name, column in columns}
 
 
 def _generated_ids(batch: RecordedBatch) -> list[tuple[int, ...]]:

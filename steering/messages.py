@@ -120,7 +120,7 @@ _TELLERS: dict[str, Callable[[Any, str], str]] = {
 
 
 def _unquoted(expected: str) -> str:
-    """pydantic's `"'min', 'inf' or 'selection'"` without the quotes."""
+    """Pydantic's `"'min', 'inf' or 'selection'"` without the quotes."""
     return expected.replace("'", "")
 
 

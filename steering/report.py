@@ -74,7 +74,9 @@ class SteeringReport:
         import pandas as pd
 
         names = [*AchievedRouting.__annotations__, "share"]
-        return pd.DataFrame([asdict(row) | {"share": row.share} for row in self.rows], columns=names)
+        return pd.DataFrame(
+            [asdict(row) | {"share": row.share} for row in self.rows], columns=names
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""

@@ -19,6 +19,14 @@ from moescope.probe.errors import AnalysisInputError
 USAGE_SCOPES = ("all", "prompt", "generated")
 POSITION_SCOPES = ("last_prompt", "first_generated", "span")
 
+# Scopes that lie within one phase.
+PHASE_OF_SCOPE = {
+    "prompt": "prompt",
+    "last_prompt": "prompt",
+    "generated": "generated",
+    "first_generated": "generated",
+}
+
 SEGMENTS = ("system", "user", "template", "thinking", "answer")
 KINDS = ("mlp", "attention", "encoder", "mtp")
 
@@ -62,9 +70,7 @@ class Filters:
         _check_choice("kind", self.kind, KINDS)
         for segment in self.segments or ():
             _check_choice("segment", segment, SEGMENTS)
-        scope_phase = {"prompt": "prompt", "last_prompt": "prompt", "generated": "generated"}.get(
-            self.scope, "generated" if self.scope == "first_generated" else None
-        )
+        scope_phase = PHASE_OF_SCOPE.get(self.scope)
         if self.phase and scope_phase and self.phase != scope_phase:
             raise AnalysisInputError(
                 f"tokens {self.scope!r} are never of phase {self.phase!r}; leave out one of the two"

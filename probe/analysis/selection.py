@@ -23,8 +23,11 @@ from moescope.probe.storage.store import Store
 
 IntArray = NDArray[np.int64]
 
-# Columns of `prompts` that are not fields: the run itself, and the bag of further fields.
-NOT_FIELDS = ("run_id", "meta")
+# Columns of `prompts` that are not fields: what identifies a row, and the bag of further fields.
+NOT_FIELDS = ("run_id", "prompt_id", "meta")
+
+# Rows of a table split by a field (values x experts) above which a table helps nobody.
+MOST_ROWS = 5_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,10 +199,33 @@ def matching_prompts(
     return kept
 
 
-def group_by_value(prompts: pd.DataFrame, name: str) -> tuple[list[str], IntArray]:
-    """The values of a field, sorted, and the index of each prompt's value (-1 where missing)."""
-    codes, values = pd.factorize(prompts[name], sort=True, use_na_sentinel=True)
+def group_by_value(selection: Selection, name: str) -> tuple[list[str], IntArray]:
+    """The values of a field, sorted, and the index of each prompt's value (-1 where missing).
+
+    Raises:
+        AnalysisInputError: when no prompt has a value, or there are too many values for a table.
+    """
+    codes, values = pd.factorize(selection.prompts[name], sort=True, use_na_sentinel=True)
+    if not len(values):
+        raise AnalysisInputError(
+            f"no selected prompt of run {selection.run_id!r} has a value of {name!r}; "
+            "name a field that they have"
+        )
+    experts = sum(router.num_experts for router in selection.routers)
+    if len(values) * experts > MOST_ROWS:
+        raise AnalysisInputError(
+            f"field {name!r} has {len(values)} values for {experts} experts, more than "
+            f"{MOST_ROWS:,} rows; name a field with fewer values, or keep some of them by a filter"
+        )
     return [str(value) for value in values], codes.astype(np.int64)
+
+
+def missing_value_notes(selection: Selection, name: str) -> tuple[str, ...]:
+    """A note on prompts without a value of the field, if there are any."""
+    missing = int(selection.prompts[name].isna().sum())
+    if not missing:
+        return ()
+    return (f"{missing} prompts without a value of {name} are left out.",)
 
 
 def unit_labels(prompts: pd.DataFrame, name: str) -> IntArray:

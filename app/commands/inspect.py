@@ -1,0 +1,109 @@
+"""Looking at what is there: `doctor` (a model), `runs` and `store verify` (a store),
+`dashboard` (everything, in a browser).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moescope.app import console
+
+StoreOption = Annotated[Path, typer.Option(help="The DuckDB file.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    app.command()(doctor)
+    app.command()(runs)
+    app.command()(dashboard)
+    store = typer.Typer(help="Care for a store.", no_args_is_help=True)
+    store.command("verify")(verify)
+    app.add_typer(store, name="store")
+
+
+def doctor(
+    model: Annotated[str, typer.Argument(help="demo, a directory, or a hub id[@revision].")],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the model's own code run.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say how a model routes, and prove that moescope reads it right.
+
+    Example: moescope doctor allenai/OLMoE-1B-7B-0125-Instruct
+    """
+    from moescope.probe.doctor import examine
+    from moescope.probe.models import load_model
+
+    bundle = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    report = examine(bundle)
+    if as_json:
+        console.print_json(report.to_json())
+        return
+    for line in report.lines():
+        console.emit(line)
+    console.print_rows(
+        ("layer", "kind", "experts", "top-k", "shared", "rule", "verified"), report.layer_rows()
+    )
+
+
+def runs(store: StoreOption, as_json: JsonOption = False) -> None:
+    """List the runs of a store.
+
+    Example: moescope runs --store demo.duckdb
+    """
+    from moescope.probe.storage.store import Store
+
+    frame = Store(store).query(
+        "SELECT run_id, model, status, record_level, num_prompts, num_tokens, source, "
+        "strftime(created_at, '%Y-%m-%d %H:%M') AS created_at FROM runs ORDER BY created_at, run_id"
+    )
+    console.print_frame(frame, as_json=as_json)
+
+
+def verify(
+    store: StoreOption,
+    run: Annotated[str | None, typer.Option(help="Only this run; all without it.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check that a run adds up: usage, routing rows, routed tokens, ranks and ids.
+
+    Example: moescope store verify --store demo.duckdb
+    """
+    from moescope.probe.storage.store import Store
+    from moescope.probe.storage.verify import verify_run
+
+    opened = Store(store)
+    names = [run] if run is not None else opened.runs()["run_id"].tolist()
+    problems = {name: [str(problem) for problem in verify_run(opened, name)] for name in names}
+    if as_json:
+        console.print_json(problems)
+    else:
+        for name, found in problems.items():
+            console.emit(f"run {name!r}: {'adds up' if not found else f'{len(found)} problems'}")
+            for problem in found:
+                console.emit(f"  {problem}")
+    if any(problems.values()):
+        raise typer.Exit(1)
+
+
+def dashboard(
+    store: StoreOption,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8501,
+) -> None:
+    """Open the dashboard on a store, on 127.0.0.1 only.
+
+    Example: moescope dashboard --store demo.duckdb
+    """
+    from moescope.app.server import serve
+    from moescope.probe.storage.store import Store
+
+    Store(store).runs()
+    console.say(f"dashboard of {store} at http://127.0.0.1:{port} (Ctrl-C ends it)")
+    raise typer.Exit(serve(store, port))

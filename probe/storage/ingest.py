@@ -1,0 +1,366 @@
+"""The ingester: the one process that moves a run's shards into its store.
+
+    python -m moescope.probe.storage.ingest STORE RUN_FOLDER
+
+Each shard goes in with all its rows and its id in one transaction, so that it counts exactly once
+whatever is killed when; only then is it deleted. The store is held for about a second at a time.
+When the collector has said that all is written and all planned shards are in, the run is verified
+and set complete. When the collector dies, what is whole is still ingested and the run stays
+resumable. Run by hand it ingests what is there and ends.
+
+Collectors start it with `moescope.probe.storage.ingester.start_ingester`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import duckdb
+import pyarrow as pa
+
+from moescope.probe.errors import (
+    InputError,
+    MoescopeError,
+    RecordingError,
+    RunError,
+    StoreBusyError,
+)
+from moescope.probe.storage.files import disk_errors, remove_unfinished, write_json
+from moescope.probe.storage.locks import (
+    database_errors,
+    insert_rows,
+    reading,
+    resolve_store,
+    writing,
+)
+from moescope.probe.storage.runs import RunFolder
+from moescope.probe.storage.shards import (
+    ShardManifest,
+    finished_shards,
+    read_shard,
+    remove_shard,
+)
+from moescope.probe.storage.verify import find_problems
+
+STATUS_FILE: Final = "ingester.json"
+INGESTER_LOCK: Final = "ingester.lock"
+
+_ROWS_PER_TURN: Final = 2_000_000  # the store is held for about a second
+_LOOK_EVERY_S: Final = 0.05
+_LONGEST_REST_S: Final = 0.2
+_WAIT_S: Final = 600.0
+
+Shard = tuple[ShardManifest, dict[str, pa.Table]]
+
+
+class Ingester:
+    """Moves the shards of one run folder into one store.
+
+    Args:
+        store: the store; made when missing.
+        folder: the run folder, with `run.json` in it.
+        keep_shards: leave shards and folder on disk after they were ingested.
+        wait_s: how long to wait for others at the store once nothing more is being collected.
+    """
+
+    def __init__(
+        self, store: Path, folder: RunFolder, *, keep_shards: bool = False, wait_s: float = _WAIT_S
+    ) -> None:
+        self._store = store
+        self._folder = folder
+        self._keep_shards = keep_shards
+        self._wait_s = wait_s
+        self.run_id, self._created_at, self._description = folder.read()
+        self._ingested: set[str] = set()
+        self._waiting_for: str | None = None
+
+    def run(self, collector_lives: Callable[[], bool]) -> None:
+        """Ingest until the run is complete, or the collector is gone and nothing whole is left.
+
+        Raises:
+            MoescopeError: a damaged shard, a full disk, contradicting rows, a store of others.
+        """
+        self._take_turn([], collector_lives)
+        while True:
+            lives = collector_lives()  # before looking, so that nothing written before is missed
+            finished = self._folder.is_finished
+            moved = self._ingest_finished(collector_lives)
+            if finished and not moved:
+                self._complete()
+                return
+            if not moved and not lives:
+                return
+            if not moved:
+                time.sleep(_LOOK_EVERY_S)
+
+    def _ingest_finished(self, collector_lives: Callable[[], bool]) -> bool:
+        """Move shards that are whole, as many as one turn takes; False when there were none."""
+        batch: list[Shard] = []
+        rows = 0
+        for shard_id in finished_shards(self._folder.path):
+            if shard_id in self._ingested:
+                if not self._keep_shards:  # written again although it is in already
+                    remove_shard(self._folder.path, shard_id)
+                continue
+            manifest, tables = read_shard(self._folder.path, shard_id)
+            self._check_planned(manifest)
+            batch.append((manifest, tables))
+            rows += sum(table.num_rows for table in tables.values())
+            if rows >= _ROWS_PER_TURN:
+                break
+        if not batch:
+            return False
+        began = time.monotonic()
+        self._take_turn(batch, collector_lives)
+        held = time.monotonic() - began
+        for manifest, _ in batch:
+            self._ingested.add(manifest.shard_id)
+            if not self._keep_shards:
+                remove_shard(self._folder.path, manifest.shard_id)
+        self._report()
+        time.sleep(min(held, _LONGEST_REST_S))  # readers that waited get in now
+        return True
+
+    def _take_turn(self, batch: list[Shard], collector_lives: Callable[[], bool]) -> None:
+        """Register the run if need be and ingest the batch; waits as long as it is collected."""
+        while True:
+            try:
+                with (
+                    database_errors(f"writing {self._store}"),
+                    writing(self._store, wait_s=self._wait_s, announce=self._announce) as con,
+                ):
+                    self._register(con)
+                    for manifest, tables in batch:
+                        self._ingest(con, manifest, tables)
+                break
+            except StoreBusyError:
+                if self._folder.is_finished or not collector_lives():
+                    raise
+        self._waiting_for = None
+        self._report()
+
+    def _register(self, con: duckdb.DuckDBPyConnection) -> None:
+        """Make the rows in `runs` and `layers`, once; know what is in already."""
+        description = self._description
+        manifest = {**description.manifest, **description.fingerprint()}
+        with _transaction(con):
+            row = con.execute(
+                "SELECT manifest FROM runs WHERE run_id = ?", [self.run_id]
+            ).fetchone()
+            if row is None:
+                con.execute(
+                    "INSERT INTO runs (run_id, model, revision, family, created_at, status, source,"
+                    " record_level, plan_id, num_prompts, manifest)"
+                    " VALUES (?, ?, ?, ?, ?, 'running', ?, ?, ?, ?, ?)",
+                    [
+                        self.run_id,
+                        description.model,
+                        description.revision,
+                        description.family,
+                        self._created_at,
+                        description.source,
+                        description.record_level,
+                        description.plan_id,
+                        len(description.prompt_ids),
+                        json.dumps(manifest, ensure_ascii=False),
+                    ],
+                ).fetchall()
+                for layer in description.layers:
+                    _insert_layer(con, self.run_id, layer)
+            elif json.loads(row[0]).get("identity") != manifest["identity"]:
+                raise RunError(
+                    f"{self._store} has another run {self.run_id!r} already, "
+                    f"the shards in {self._folder.path} do not belong to it"
+                )
+            known = con.execute(
+                "SELECT shard_id FROM ingested_shards WHERE run_id = ?", [self.run_id]
+            ).fetchall()
+        self._ingested = {row[0] for row in known}
+
+    def _ingest(
+        self, con: duckdb.DuckDBPyConnection, manifest: ShardManifest, tables: dict[str, pa.Table]
+    ) -> None:
+        """All rows of one shard and its id, or nothing."""
+        if manifest.shard_id in self._ingested:
+            return
+        with _transaction(con):
+            con.execute(
+                "INSERT INTO ingested_shards (run_id, shard_id, checksum) VALUES (?, ?, ?)",
+                [self.run_id, manifest.shard_id, manifest.checksum],
+            ).fetchall()
+            for name, rows in tables.items():
+                if rows.num_rows:
+                    insert_rows(con, name, rows, run_id=self.run_id)
+
+    def _check_planned(self, manifest: ShardManifest) -> None:
+        planned = self._description.planned_shards.get(manifest.shard_id)
+        if planned is None or sorted(planned) != list(manifest.prompt_ids):
+            raise RecordingError(
+                f"{manifest.shard_id} in {self._folder.path} holds other prompts than were planned "
+                "for it; delete it and start the same command again"
+            )
+
+    def _complete(self) -> None:
+        """Verify the run and set it complete.
+
+        Raises:
+            RecordingError: a planned shard is missing or the rows contradict each other.
+        """
+        missing = sorted(set(self._description.planned_shards) - self._ingested)
+        if missing:
+            raise RecordingError(
+                f"run {self.run_id!r} was declared complete, but {missing[0]} "
+                f"({len(missing)} in all) is neither in {self._store} nor in {self._folder.path}; "
+                "start the same command again, it records what is missing"
+            )
+        with (
+            database_errors(f"verifying run {self.run_id!r} in {self._store}"),
+            reading(self._store, wait_s=self._wait_s) as con,
+        ):
+            problems = find_problems(con, self.run_id)
+        status = "failed" if problems else "complete"
+        with (
+            database_errors(f"completing run {self.run_id!r} in {self._store}"),
+            writing(self._store, wait_s=self._wait_s, announce=self._announce) as con,
+        ):
+            con.execute(
+                "UPDATE runs SET status = ?, finished_at = ?, num_tokens ="
+                " (SELECT count(*) FROM tokens WHERE run_id = ?) WHERE run_id = ?",
+                [status, datetime.now(UTC), self.run_id, self.run_id],
+            ).fetchall()
+        if problems:
+            raise RecordingError(
+                f"run {self.run_id!r} contradicts itself in {len(problems)} places and is marked "
+                f"failed; the first: {problems[0]}"
+            )
+        if not self._keep_shards:
+            self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        shutil.rmtree(self._folder.path, ignore_errors=True)
+        with suppress(OSError):  # other runs still have shards there
+            self._folder.path.parent.rmdir()
+
+    def _announce(self, sentence: str) -> None:
+        self._waiting_for = sentence
+        sys.stderr.write(sentence + "\n")
+        self._report()
+
+    def _report(self) -> None:
+        """Leave word of the progress; a full disk must not stop the ingester here."""
+        with suppress(OSError):
+            write_json(
+                self._folder.path / STATUS_FILE,
+                {
+                    "num_ingested": len(self._ingested),
+                    "num_planned": len(self._description.planned_shards),
+                    "waiting_for": self._waiting_for,
+                },
+                durable=False,
+            )
+
+
+@contextmanager
+def _transaction(con: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    con.execute("BEGIN").fetchall()
+    try:
+        yield
+    except BaseException:
+        with suppress(duckdb.Error):  # a failed commit has rolled back already
+            con.execute("ROLLBACK").fetchall()
+        raise
+    con.execute("COMMIT").fetchall()
+
+
+def _insert_layer(con: duckdb.DuckDBPyConnection, run_id: str, layer: Any) -> None:
+    rule = None if layer["rule"] is None else json.dumps(layer["rule"])
+    values = {**layer, "run_id": run_id, "rule": rule}
+    marks = ", ".join("?" for _ in values)
+    con.execute(
+        f"INSERT INTO layers ({', '.join(values)}) VALUES ({marks})", list(values.values())
+    ).fetchall()
+
+
+@contextmanager
+def _only_ingester(folder: Path) -> Iterator[bool]:
+    """Wait until no other process ingests this folder; False if it is done and gone by then."""
+    descriptor = os.open(folder / INGESTER_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if folder.is_dir():
+            with disk_errors(f"clearing {folder}"):
+                remove_unfinished_removals(folder)
+        yield folder.is_dir()
+    finally:
+        os.close(descriptor)
+
+
+def _collector_watch(collector_pid: int | None) -> Callable[[], bool]:
+    """Whether more shards can come: until SIGTERM, while the collector is this one's parent.
+
+    A parent that died hands its children to another process, so the parent's id tells its death
+    even when its own id is in use again.
+    """
+    told_to_end = False
+
+    def end(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal told_to_end
+        told_to_end = True
+
+    signal.signal(signal.SIGTERM, end)
+    return lambda: collector_pid is not None and os.getppid() == collector_pid and not told_to_end
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the ingester; returns the exit code (0 done, 2 wrong input, 1 anything else).
+
+    A failure is one sentence on stderr and, as JSON with its type, on stdout for the collector.
+    """
+    parser = argparse.ArgumentParser(prog="python -m moescope.probe.storage.ingest")
+    parser.add_argument("store", type=resolve_store, help="the store; made when missing")
+    parser.add_argument("run_folder", type=Path, help="the folder with the run's shards")
+    parser.add_argument("--keep-shards", action="store_true", help="leave ingested shards on disk")
+    parser.add_argument("--collector-pid", type=int, help="wait for more while this process lives")
+    options = parser.parse_args(arguments)
+    collector_lives = _collector_watch(options.collector_pid)
+    try:
+        folder = RunFolder(options.run_folder)
+        folder.read()
+        with _only_ingester(folder.path) as is_there:
+            if is_there:
+                Ingester(options.store, folder, keep_shards=options.keep_shards).run(
+                    collector_lives
+                )
+    except MoescopeError as error:
+        _tell(type(error).__name__, str(error))
+        return 2 if isinstance(error, InputError) else 1
+    except Exception as error:
+        traceback.print_exc()
+        _tell("MoescopeError", f"the ingester stopped with {type(error).__name__}: {error}")
+        return 1
+    return 0
+
+
+def _tell(kind: str, sentence: str) -> None:
+    with suppress(OSError):
+        sys.stderr.write(sentence + "\n")
+        sys.stdout.write(json.dumps({"type": kind, "message": sentence}) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
