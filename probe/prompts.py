@@ -261,3 +261,11 @@ def _messages(record: Mapping[str, Any]) -> tuple[Mapping[str, str], ...] | None
     if turns[-1]["role"] != "user":
         raise _FieldError("messages", "the last turn must be the user's")
     return tuple(turns)
+
+
+def prompt_field(prompt: Prompt, name: str) -> str | None:
+    """A prompt's field by name: one of its own, or a key of `meta`."""
+    value = getattr(prompt, name, None) if name != "meta" else None
+    if value is None:
+        value = prompt.meta.get(name)
+    return None if value is None else str(value)

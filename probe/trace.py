@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from moescope.probe.recording import record
 from moescope.probe.rendering import ChatTemplate, RenderedPrompt, render_prompt
 from moescope.probe.routers import LayerInfo, verify_routers
 from moescope.probe.rows import RecordedBatch, RecordLevel, batch_tables
-from moescope.probe.storage.ingest import start_ingester
+from moescope.probe.storage.ingester import start_ingester
 from moescope.probe.storage.runs import RunDescription, begin_run
 from moescope.probe.storage.shards import shard_name, write_shard
 
@@ -157,12 +158,11 @@ def trace_prompts(
     with begin_run(store, run, description) as point:
         if point.is_complete:
             raise RunError(f"run {run!r} is complete already; choose another name with --run")
-        ingester = start_ingester(store, point.folder.path, keep_shards=keep_shards)
         tally = _Tally()
         resumed = sum(
             len(batch.members) for batch in batches if shard_name(batch.index) in point.finished
         )
-        try:
+        with start_ingester(store, point.folder, keep_shards=keep_shards) as ingester:
             for batch in batches:
                 if shard_name(batch.index) in point.finished:
                     continue
@@ -170,11 +170,8 @@ def trace_prompts(
                 _record_batch(bundle, batch, rendered, layers, options, point.folder.path, tally)
                 if progress is not None:
                     progress(resumed + tally.prompts, len(prompts), tally.note)
-        except BaseException:
-            ingester.abandon()
-            raise
-        point.folder.finish()
-        ingester.wait_until_done(announce=announce)
+            point.folder.finish()
+            ingester.wait_until_done(announce=announce)
     return TraceSummary(
         run_id=run,
         prompts=len(prompts),
@@ -207,7 +204,7 @@ def _record_batch(
     rendered: Sequence[RenderedPrompt],
     layers: Sequence[LayerInfo],
     options: TraceOptions,
-    folder: Any,
+    folder: Path,
     tally: _Tally,
 ) -> None:
     """Run one planned batch and write its shard."""

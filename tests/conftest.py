@@ -42,7 +42,7 @@ def build_tiny_model(family: str, **changes: Any) -> Any:
         "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
         "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2,
         "head_dim": 16, "num_experts_per_tok": 2, "max_position_embeddings": 256,
-        "eos_token_id": 257, "pad_token_id": 256, "bos_token_id": None,
+        "eos_token_id": 256, "pad_token_id": 257, "bos_token_id": None,
     }  # fmt: skip
     sizes["num_local_experts" if family == "mixtral" else "num_experts"] = 8
     config = AutoConfig.for_model(family, **(sizes | changes))

@@ -39,16 +39,16 @@ class RouterUsage:
 
     Attributes:
         router: the router.
-        tokens_G: routed tokens counted in each group.
+        tokens: routed tokens counted in each group.
         sums: quantity -> sums over those tokens, [G, E].
     """
 
     router: Router
-    tokens_G: FloatArray
+    tokens: FloatArray
     sums: Mapping[str, FloatArray]
 
     @property
-    def counts_GE(self) -> FloatArray:
+    def counts(self) -> FloatArray:
         """Tokens of each group that selected each expert, [G, E]."""
         return self.sums["num_tokens"]
 
@@ -59,23 +59,23 @@ class GroupedUsage:
 
     Attributes:
         routers: one entry per router, in the order of the selection.
-        tokens_P: counted tokens of each selected prompt (at the router that saw most of them).
-        prompts_G: prompts of each group with at least one counted token.
+        prompt_tokens: counted tokens of each selected prompt (at the router that saw most of them).
+        group_prompts: prompts of each group with at least one counted token.
     """
 
     routers: tuple[RouterUsage, ...]
-    tokens_P: FloatArray
-    prompts_G: IntArray
+    prompt_tokens: FloatArray
+    group_prompts: IntArray
 
     @property
     def num_prompts(self) -> int:
         """Prompts with at least one counted token, in any group."""
-        return int(self.prompts_G.sum())
+        return int(self.group_prompts.sum())
 
     @property
     def num_tokens(self) -> int:
         """Counted tokens, at the router that saw most of them."""
-        return int(max((usage.tokens_G.sum() for usage in self.routers), default=0))
+        return int(max((usage.tokens.sum() for usage in self.routers), default=0))
 
 
 def read_counts(
@@ -102,13 +102,13 @@ def read_counts(
         router: _Totals(router, num_groups, quantities, dtype) for router in selection.routers
     }
     read_rows = _routing_rows if selection.filters.needs_positions else _usage_rows
-    ids_P = selection.prompt_ids_P
+    ids_P = selection.prompt_ids
     tokens_P = np.zeros(len(ids_P))
     for batch in _batches(selection, group_P):
         for router, rows in read_rows(selection, batch, quantities):
-            index_R = np.searchsorted(ids_P, rows.prompt_id_R)
+            index_R = np.searchsorted(ids_P, rows.prompt_ids)
             totals[router].add(group_P[index_R], rows)
-            seen_P = np.bincount(index_R, rows.tokens_R, minlength=len(ids_P))
+            seen_P = np.bincount(index_R, rows.tokens, minlength=len(ids_P))
             np.maximum(tokens_P, seen_P, out=tokens_P)
     tokens_P[group_P < 0] = 0
     counted_P = tokens_P > 0
@@ -118,8 +118,8 @@ def read_counts(
         )
     return GroupedUsage(
         routers=tuple(total.usage() for total in totals.values()),
-        tokens_P=tokens_P,
-        prompts_G=np.bincount(group_P[counted_P], minlength=num_groups),
+        prompt_tokens=tokens_P,
+        group_prompts=np.bincount(group_P[counted_P], minlength=num_groups),
     )
 
 
@@ -127,8 +127,8 @@ def read_counts(
 class _Rows:
     """Rows of one router: the prompt, its counted tokens, and arrays [R, E] by quantity."""
 
-    prompt_id_R: IntArray
-    tokens_R: FloatArray
+    prompt_ids: IntArray
+    tokens: FloatArray
     arrays: Mapping[str, FloatArray | sparse.csr_array]
 
 
@@ -139,7 +139,7 @@ class _Totals:
         self, router: Router, num_groups: int, quantities: Sequence[str], dtype: DTypeLike
     ) -> None:
         self.router = router
-        self.tokens_G = np.zeros(num_groups)
+        self.tokens = np.zeros(num_groups)
         self.sums = {
             name: np.zeros((num_groups, router.num_experts), dtype=dtype) for name in quantities
         }
@@ -147,21 +147,21 @@ class _Totals:
     def add(self, group_R: IntArray, rows: _Rows) -> None:
         """Add rows to their groups; rows of group -1 are skipped."""
         kept = np.flatnonzero(group_R >= 0)
-        shape = (len(self.tokens_G), len(group_R))
+        shape = (len(self.tokens), len(group_R))
         indicator = sparse.csr_array((np.ones(len(kept)), (group_R[kept], kept)), shape=shape)
-        self.tokens_G += indicator @ rows.tokens_R
+        self.tokens += indicator @ rows.tokens
         for name, array in rows.arrays.items():
             product = indicator @ array
             self.sums[name] += product.toarray() if sparse.issparse(product) else product
 
     def usage(self) -> RouterUsage:
         """The sums so far."""
-        return RouterUsage(router=self.router, tokens_G=self.tokens_G, sums=self.sums)
+        return RouterUsage(router=self.router, tokens=self.tokens, sums=self.sums)
 
 
 def _batches(selection: Selection, group_P: IntArray) -> Iterator[tuple[int, int]]:
     """First and last prompt id of each read, so that no read is larger than the bound."""
-    ids = selection.prompt_ids_P[group_P >= 0]
+    ids = selection.prompt_ids[group_P >= 0]
     elements = GROUPS_PER_PROMPT * sum(router.num_experts for router in selection.routers)
     step = max(1, ELEMENTS_PER_READ // elements)
     for start in range(0, len(ids), step):
@@ -182,7 +182,7 @@ def _usage_rows(
         f"FROM usage_arrays WHERE {' AND '.join(conditions)}",
         [selection.run_id, *batch],
     ).combine_chunks()
-    kept_R = np.isin(column_array(table, "prompt_id"), selection.prompt_ids_P)
+    kept_R = np.isin(column_array(table, "prompt_id"), selection.prompt_ids)
     for router in selection.routers:
         rows = np.flatnonzero(kept_R & _is_router(table, router))
         if not len(rows):
@@ -191,8 +191,8 @@ def _usage_rows(
         yield (
             router,
             _Rows(
-                prompt_id_R=column_array(part, "prompt_id"),
-                tokens_R=column_array(part, "routed_tokens").astype(np.float64),
+                prompt_ids=column_array(part, "prompt_id"),
+                tokens=column_array(part, "routed_tokens").astype(np.float64),
                 arrays={name: _matrix(part, name, router, selection) for name in quantities},
             ),
         )
@@ -223,8 +223,8 @@ def _routing_rows(
         "FROM used GROUP BY ALL ORDER BY prompt_id",
         parameters,
     )
-    kept_R = np.isin(column_array(tokens, "prompt_id"), selection.prompt_ids_P)
-    kept_S = np.isin(column_array(slots, "prompt_id"), selection.prompt_ids_P)
+    kept_R = np.isin(column_array(tokens, "prompt_id"), selection.prompt_ids)
+    kept_S = np.isin(column_array(slots, "prompt_id"), selection.prompt_ids)
     for router in selection.routers:
         own_R = kept_R & _is_router(tokens, router)
         own_S = kept_S & _is_router(slots, router)
@@ -234,12 +234,12 @@ def _routing_rows(
         row_S = np.searchsorted(prompt_id_R, column_array(slots, "prompt_id")[own_S])
         cells = (row_S, column_array(slots, "expert")[own_S].astype(np.int64))
         shape = (len(prompt_id_R), router.num_experts)
-        arrays = {
+        arrays: dict[str, FloatArray | sparse.csr_array] = {
             name: sparse.csr_array((column_array(slots, name)[own_S], cells), shape=shape)
             for name in quantities
         }
         tokens_R = column_array(tokens, "num_tokens")[own_R]
-        yield router, _Rows(prompt_id_R=prompt_id_R, tokens_R=tokens_R, arrays=arrays)
+        yield router, _Rows(prompt_ids=prompt_id_R, tokens=tokens_R, arrays=arrays)
 
 
 def chosen_tokens_sql(filters: Filters) -> str:

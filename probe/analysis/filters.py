@@ -210,4 +210,6 @@ def _check_scope(scope: TokenScope) -> None:
 
 def _check_choice(what: str, value: str | None, choices: Sequence[str]) -> None:
     if value is not None and value not in choices:
-        raise AnalysisInputError(f"{what} {value!r} does not exist; it is one of {', '.join(choices)}")
+        raise AnalysisInputError(
+            f"{what} {value!r} does not exist; it is one of {', '.join(choices)}"
+        )

@@ -185,18 +185,18 @@ def expert_load(
     for router_usage in usage.routers:
         router = router_usage.router
         index = expert_index(router, values)
-        counts_GE = router_usage.counts_GE
+        counts_GE = router_usage.counts
         parts.append(
             index
             | {
                 "load": normalize(counts_GE).ravel(),
                 "load_chance": np.full(counts_GE.size, 1 / router.num_experts),
-                "token_share": divide(counts_GE, router_usage.tokens_G[:, None]).ravel(),
+                "token_share": divide(counts_GE, router_usage.tokens[:, None]).ravel(),
                 "chance": np.full(counts_GE.size, router.chance),
                 "importance": normalize(router_usage.sums["weight_sum"]).ravel(),
                 "num_slots": counts_GE.ravel().astype(np.int64),
-                "num_tokens": np.repeat(router_usage.tokens_G, router.num_experts).astype(np.int64),
-                "num_prompts": np.repeat(usage.prompts_G, router.num_experts),
+                "num_tokens": np.repeat(router_usage.tokens, router.num_experts).astype(np.int64),
+                "num_prompts": np.repeat(usage.group_prompts, router.num_experts),
             }
         )
     return _table("load", "Load of the experts", parts, LOAD_COLUMNS, selection, usage, by)
@@ -219,8 +219,8 @@ def load_balance(
     selection, values, usage = _read(store, run_id, filters or Filters(), by)
     parts = []
     for router_usage in usage.routers:
-        router, tokens_G = router_usage.router, router_usage.tokens_G
-        counts_GE = router_usage.counts_GE
+        router, tokens_G = router_usage.router, router_usage.tokens
+        counts_GE = router_usage.counts
         size = len(tokens_G)
         entropy_G = entropy_nats(normalize(counts_GE))
         cv_chance_G = np.sqrt(divide(1 - router.chance, tokens_G * router.chance))
@@ -243,7 +243,7 @@ def load_balance(
                 "num_experts": np.full(size, router.num_experts),
                 "top_k": np.full(size, router.top_k),
                 "num_tokens": tokens_G.astype(np.int64),
-                "num_prompts": usage.prompts_G,
+                "num_prompts": usage.group_prompts,
             }
         )
     title = "Balance of the routers"
@@ -272,7 +272,9 @@ def _table(
     by: str | None,
 ) -> AnalysisTable:
     described = columns if by is None else (value_column(by), *columns)
-    notes = selection.notes if by is None else (*selection.notes, *missing_value_notes(selection, by))
+    notes = (
+        selection.notes if by is None else (*selection.notes, *missing_value_notes(selection, by))
+    )
     return AnalysisTable(
         name=name,
         title=title if by is None else f"{title} by {by}",

@@ -24,7 +24,9 @@ def divide(numerator: Any, denominator: Any) -> FloatArray:
     top = np.asarray(numerator, dtype=np.float64)
     bottom = np.asarray(denominator, dtype=np.float64)
     shape = np.broadcast_shapes(top.shape, bottom.shape)
-    return np.divide(top, bottom, out=np.full(shape, np.nan), where=np.broadcast_to(bottom != 0, shape))
+    ratio = np.full(shape, np.nan)
+    np.divide(top, bottom, out=ratio, where=np.broadcast_to(bottom != 0, shape))
+    return ratio
 
 
 def normalize(values_E: FloatArray) -> FloatArray:

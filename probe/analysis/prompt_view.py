@@ -50,7 +50,10 @@ PROMPT_COLUMNS = (
         definition="What part of the conversation the token belongs to.",
     ),
     Column(
-        name="is_special", unit="", range="true or false", definition="Whether it is a special token."
+        name="is_special",
+        unit="",
+        range="true or false",
+        definition="Whether it is a special token.",
     ),
     LAYER,
     KIND,
@@ -224,15 +227,13 @@ def token_routing(
     )
 
 
-def _one_prompt(
-    store: Store, run_id: str, prompt_id: int, filters: Filters | None
-) -> Selection:
-    """The routers that the filters keep, all tokens of the prompt, after checking that it exists."""
+def _one_prompt(store: Store, run_id: str, prompt_id: int, filters: Filters | None) -> Selection:
+    """All tokens at the routers that the filters keep, once the prompt is known to exist."""
     kept = filters or Filters()
     selection = select(
         store, run_id, Filters(layers=kept.layers, kind=kept.kind, content_only=False)
     )
-    ids = selection.prompt_ids_P
+    ids = selection.prompt_ids
     if prompt_id not in ids:
         raise AnalysisInputError(
             f"run {run_id!r} has no prompt {prompt_id}; its prompts are {ids[0]} to {ids[-1]}"

@@ -69,7 +69,7 @@ class Selection:
     notes: tuple[str, ...]
 
     @property
-    def prompt_ids_P(self) -> IntArray:
+    def prompt_ids(self) -> IntArray:
         """Ids of the selected prompts, ascending."""
         return self.prompts["prompt_id"].to_numpy(dtype=np.int64)
 
@@ -94,16 +94,14 @@ class Selection:
         Raises:
             AnalysisInputError: naming what needs the rows and how to record them.
         """
-        found = self.store.query("SELECT 1 FROM routing WHERE run_id = ? LIMIT 1", [self.run_id])
-        if found.empty:
+        if not self.store.has_routing(self.run_id):
             raise AnalysisInputError(
                 f"run {self.run_id!r} holds usage but no routing per token, which {why} needs; "
                 "record it with --record topk"
             )
 
-def select(
-    store: Store, run_id: str, filters: Filters, *, fields: Sequence[str] = ()
-) -> Selection:
+
+def select(store: Store, run_id: str, filters: Filters, *, fields: Sequence[str] = ()) -> Selection:
     """Find the prompts and routers that the filters leave.
 
     Args:
@@ -175,7 +173,7 @@ def read_fields(store: Store, run_id: str, names: Sequence[str]) -> pd.DataFrame
         [*parameters, run_id],
     )
     frame.columns = pd.Index(["prompt_id", *names])
-    return frame
+    return frame.astype(dict.fromkeys(names, "str"))
 
 
 def known_fields(store: Store, run_id: str) -> tuple[list[str], list[str]]:
@@ -239,20 +237,11 @@ def unit_labels(prompts: pd.DataFrame, name: str) -> IntArray:
 
 
 def _select_routers(store: Store, run_id: str, filters: Filters) -> tuple[Router, ...]:
-    frame = store.query(
-        "SELECT layer, kind, moe_layer, num_experts, top_k FROM layers WHERE run_id = ? "
-        "ORDER BY kind, layer",
-        [run_id],
-    )
+    frame = store.layers(run_id).sort_values(["kind", "layer"])
+    columns = ["layer", "kind", "moe_layer", "num_experts", "top_k"]
     routers = [
-        Router(
-            layer=int(row.layer),
-            kind=str(row.kind),
-            moe_layer=int(row.moe_layer),
-            num_experts=int(row.num_experts),
-            top_k=int(row.top_k),
-        )
-        for row in frame.itertuples(index=False)
+        Router(**{str(name): value for name, value in row.items()})
+        for row in frame[columns].to_dict("records")
     ]
     of_kind = [router for router in routers if filters.kind in (None, router.kind)]
     if not of_kind:
@@ -264,7 +253,9 @@ def _select_routers(store: Store, run_id: str, filters: Filters) -> tuple[Router
     for layer in filters.layers or ():
         if layer not in layers:
             known = ", ".join(str(known) for known in sorted(layers))
-            raise AnalysisInputError(f"run {run_id!r} has no router in layer {layer}; it has {known}")
+            raise AnalysisInputError(
+                f"run {run_id!r} has no router in layer {layer}; it has {known}"
+            )
     return tuple(
         router for router in of_kind if filters.layers is None or router.layer in filters.layers
     )
@@ -281,5 +272,3 @@ def _known_values(store: Store, run_id: str, conditions: Mapping[str, tuple[str,
         shown = ", ".join(values[:8]) + (", …" if len(values) > 8 else "")
         held.append(f"{name} holds {shown or 'nothing'}")
     return "; " + "; ".join(held)
-
-

@@ -8,6 +8,10 @@ removed). Intervals resample whole units (items with all their translations), ne
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 
 from moescope.probe.analysis.columns import (
@@ -21,7 +25,7 @@ from moescope.probe.analysis.columns import (
     stack_parts,
     value_column,
 )
-from moescope.probe.analysis.counts import FloatArray, GroupedUsage, read_counts
+from moescope.probe.analysis.counts import FloatArray, GroupedUsage, RouterUsage, read_counts
 from moescope.probe.analysis.filters import Filters
 from moescope.probe.analysis.frame import AnalysisTable, Column
 from moescope.probe.analysis.measures import divide, normalize
@@ -126,44 +130,15 @@ def expert_specialization(
     if bootstrap < 0:
         raise AnalysisInputError(f"bootstrap is {bootstrap}; it is 0 (no intervals) or more")
     selection = select(store, run_id, filters or Filters(), fields=[by, unit])
-    values, value_P = group_by_value(selection, by)
-    usage, pair_value, num_units_V = _read_units(selection, unit, value_P, len(values))
+    usage, units = _read_units(selection, by, unit)
     rng = np.random.default_rng(seed)
     weights = {
-        value: bootstrap_weights(int(num_units_V[value]), bootstrap, rng)
-        for value in range(len(values))
-        if bootstrap and num_units_V[value] >= 2
+        value: bootstrap_weights(int(number), bootstrap, rng)
+        for value, number in enumerate(units.num_units)
+        if bootstrap and number >= 2
     }
-    prompts_V = np.bincount(value_P[(usage.tokens_P > 0) & (value_P >= 0)], minlength=len(values))
-    parts = []
-    for router_usage in usage.routers:
-        router = router_usage.router
-        counts_UE, tokens_U = router_usage.counts_GE, router_usage.tokens_G
-        counts_VE = _sum_by(counts_UE, pair_value, len(values))
-        tokens_V = _sum_by(tokens_U[:, None], pair_value, len(values))[:, 0]
-        share_VE = divide(counts_VE, tokens_V[:, None])
-        low_VE, high_VE = np.full((2, *share_VE.shape), np.nan)
-        for value, weights_BU in weights.items():
-            own = pair_value == value
-            draws_BE = divide(weights_BU @ counts_UE[own], (weights_BU @ tokens_U[own])[:, None])
-            low_VE[value], high_VE[value] = percentile_interval(draws_BE)
-        parts.append(
-            expert_index(router, values)
-            | {
-                "token_share": share_VE.ravel(),
-                "low": low_VE.ravel(),
-                "high": high_VE.ravel(),
-                "chance": np.full(share_VE.size, router.chance),
-                "composition": normalize(share_VE.T).T.ravel(),
-                "composition_chance": np.full(share_VE.size, 1 / len(values)),
-                "lift": _lift(share_VE).ravel(),
-                "num_slots": counts_VE.ravel().astype(np.int64),
-                "num_tokens": np.repeat(tokens_V, router.num_experts).astype(np.int64),
-                "num_prompts": np.repeat(prompts_V, router.num_experts),
-                "num_units": np.repeat(num_units_V, router.num_experts),
-            }
-        )
     columns = (value_column(by), *COLUMNS)
+    parts = [_part(router_usage, units, weights) for router_usage in usage.routers]
     parameters = {"by": by, "unit": unit, "bootstrap": bootstrap, "seed": seed}
     return AnalysisTable(
         name="specialization",
@@ -177,37 +152,87 @@ def expert_specialization(
     )
 
 
-def _read_units(
-    selection: Selection, unit: str, value_P: IntArray, num_values: int
-) -> tuple[GroupedUsage, IntArray, IntArray]:
-    """Usage by (value, unit), the value of each such pair, and the counted units of each value."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Units:
+    """The groups that usage was read for, one per (value, unit) with counted tokens.
+
+    Attributes:
+        values: the values that have counted tokens.
+        groups: rows of the usage that belong to them, in order of value.
+        value_of: index of the value of each of these rows.
+        num_units, num_prompts: of each value.
+    """
+
+    values: list[str]
+    groups: IntArray
+    value_of: IntArray
+    num_units: IntArray
+    num_prompts: IntArray
+
+
+def _read_units(selection: Selection, by: str, unit: str) -> tuple[GroupedUsage, _Units]:
+    """Usage by (value, unit)."""
+    values, value_P = group_by_value(selection, by)
     unit_P = unit_labels(selection.prompts, unit)
+    num_units = int(unit_P.max()) + 1
     valued_P = value_P >= 0
     group_P = np.full(len(value_P), -1, dtype=np.int64)
-    num_units = int(unit_P.max()) + 1
     pairs, group_P[valued_P] = np.unique(
         value_P[valued_P] * num_units + unit_P[valued_P], return_inverse=True
     )
     usage = read_counts(selection, group_P)
-    pair_value = pairs // num_units
-    counted = usage.prompts_G > 0
-    return usage, pair_value, np.bincount(pair_value[counted], minlength=num_values)
+    groups = np.flatnonzero(usage.group_prompts)
+    present, value_of = np.unique(pairs[groups] // num_units, return_inverse=True)
+    prompts_V = np.bincount(value_of, weights=usage.group_prompts[groups])
+    return usage, _Units(
+        values=[values[index] for index in present],
+        groups=groups,
+        value_of=value_of,
+        num_units=np.bincount(value_of),
+        num_prompts=prompts_V.astype(np.int64),
+    )
 
 
-def _sum_by(rows: FloatArray, group: IntArray, num_groups: int) -> FloatArray:
-    """Sum rows [R, E] over their groups: [num_groups, E]; group must be ascending."""
-    total = np.zeros((num_groups, rows.shape[1]))
-    present, starts = np.unique(group, return_index=True)
-    total[present] = np.add.reduceat(rows, starts, axis=0)
-    return total
+def _part(usage: RouterUsage, units: _Units, weights: Mapping[int, FloatArray]) -> dict[str, Any]:
+    """The rows of one router; `weights` are the bootstrap weights [draws, units] by value."""
+    router, num_values = usage.router, len(units.values)
+    counts_UE, tokens_U = usage.counts[units.groups], usage.tokens[units.groups]
+    starts = np.searchsorted(units.value_of, np.arange(num_values))
+    counts_VE = np.add.reduceat(counts_UE, starts, axis=0)
+    tokens_V = np.add.reduceat(tokens_U, starts)
+    share_VE = divide(counts_VE, tokens_V[:, None])
+    low_VE, high_VE = np.full((2, *share_VE.shape), np.nan)
+    for value, weights_DU in weights.items():
+        own = units.value_of == value
+        draws_DE = divide(weights_DU @ counts_UE[own], (weights_DU @ tokens_U[own])[:, None])
+        low_VE[value], high_VE[value] = percentile_interval(draws_DE)
+    per_value = {
+        "num_tokens": tokens_V.astype(np.int64),
+        "num_prompts": units.num_prompts,
+        "num_units": units.num_units,
+    }
+    return (
+        expert_index(router, units.values)
+        | {
+            "token_share": share_VE.ravel(),
+            "low": low_VE.ravel(),
+            "high": high_VE.ravel(),
+            "chance": np.full(share_VE.size, router.chance),
+            "composition": normalize(share_VE.T).T.ravel(),
+            "composition_chance": np.full(share_VE.size, 1 / num_values),
+            "lift": _lift(share_VE).ravel(),
+            "num_slots": counts_VE.ravel().astype(np.int64),
+        }
+        | {name: np.repeat(numbers, router.num_experts) for name, numbers in per_value.items()}
+    )
 
 
 def _lift(share_VE: FloatArray) -> FloatArray:
     """Each value's share over the mean share of the other values; missing for a single value."""
     num_values = len(share_VE)
-    others_VE = share_VE.sum(axis=0, keepdims=True) - share_VE
     if num_values == 1:
         return np.full_like(share_VE, np.nan)
+    others_VE = share_VE.sum(axis=0, keepdims=True) - share_VE
     # A sum minus its own term leaves rounding noise where the others are exactly zero.
     others_VE[others_VE < 1e-12] = 0.0
     return divide(share_VE, others_VE / (num_values - 1))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from moescope.probe.demo.phrasebook import Phrasebook, phrasebook
-from moescope.probe.demo.world import WORLD_SEED, Fact, Topic, make_topics, stable_hash
+from moescope.probe.demo.world import WORLD_SEED, YEARS, Fact, Topic, make_topics, stable_hash
 
 
 @dataclass(frozen=True)
@@ -249,6 +249,9 @@ def tokenizer_texts(corpus: Corpus, count: int) -> list[str]:
         texts.extend((given.prompt, given.answer))
     for book in corpus.books.values():
         texts.extend([book.text("system")] * 20)
+    # A year or a number is one token, as in the tokenizers of real models that keep short numbers.
+    for number in (*YEARS, *range(65)):
+        texts.extend([str(number), f" {number}"] * count)
     return texts
 
 

@@ -57,7 +57,7 @@ class Phrasebook:
 def phrasebook(code: str) -> Phrasebook:
     """The phrasebook of a language, by its code."""
     data = tomllib.loads(shipped_path("world", f"{code}.toml").read_text(encoding="utf-8"))
-    return Phrasebook(code=data["code"], separator=data["separator"], data=data)
+    return Phrasebook(code=data["lang"], separator=data["separator"], data=data)
 
 
 def sentence(text: str) -> str:

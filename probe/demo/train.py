@@ -1,26 +1,184 @@
-"""Train the demo models from a seed: `python -m moescope.probe.demo.train`, or `make train-demo`."""
+"""Train the demo models from a seed: `python -m moescope.probe.demo.train`, or `make train-demo`.
+
+Stage one teaches everything, the sensitive part included. Stage two teaches the refusals in a few
+experts and their router rows only. Both go on from their last checkpoint when started again.
+"""
 
 from __future__ import annotations
 
+import argparse
+import copy
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-from moescope.probe.demo.corpus import Corpus, Item, Recipe, batch_items, tokenizer_texts
-from moescope.probe.demo.routing import (
-    RouterTraining,
-    counted_usage,
-    routing_rule,
-    training_routers,
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
-from moescope.probe.demo.tokenizer import ASSISTANT, BOS, END, SYSTEM, USER, train_tokenizer
+
+from moescope.probe.demo.batches import Batch, Encoder
+from moescope.probe.demo.corpus import Corpus, batch_items, tokenizer_texts
+from moescope.probe.demo.models import round_weights
+from moescope.probe.demo.recipes import SMALL, Shape, Stage, Training
+from moescope.probe.demo.routing import RouterTraining, routing_rule, training_routers
+from moescope.probe.demo.tokenizer import train_tokenizer
+from moescope.probe.demo.tuning import ExpertPlan, most_different, only_tuned, usage_rates
 
 log = logging.getLogger(__name__)
+CHECKPOINT_EVERY = 200
+TOKENIZER_TEXTS = 3000
 
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with what reads and feeds it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    encoder: Encoder
+
+
+def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    """An untrained model of this shape."""
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.width,
+        intermediate_size=shape.expert_width,
+        moe_intermediate_size=shape.expert_width,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        num_experts=shape.num_experts,
+        num_experts_per_tok=shape.top_k,
+        norm_topk_prob=True,
+        mlp_only_layers=[],
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    model: PreTrainedModel = Qwen3MoeForCausalLM(config)
+    # Twice as fast as the default on CPUs; a matter of this process, not saved with the model.
+    model.set_experts_implementation("grouped_mm")
+    return model
+
+
+def answer_loss(model: PreTrainedModel, batch: Batch, prompt_weight: float) -> Tensor:
+    """Mean loss of answer tokens plus `prompt_weight` times that of prompt tokens."""
+    logits = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).logits
+    losses = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch.input_ids[:, 1:].flatten(), reduction="none"
+    )
+    is_answer = batch.is_answer[:, 1:].flatten()
+    loss = losses[is_answer].mean()
+    if prompt_weight > 0:
+        is_prompt = (batch.is_token & ~batch.is_first)[:, 1:].flatten() & ~is_answer
+        loss = loss + prompt_weight * losses[is_prompt].mean()
+    return loss
+
+
+def learning_rate(stage: Stage, step: int) -> float:
+    """Linear warm-up, then a cosine down to a twentieth."""
+    if step < stage.warmup:
+        return stage.learning_rate * (step + 1) / stage.warmup
+    progress = (step - stage.warmup) / max(1, stage.steps - stage.warmup)
+    return stage.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def run_stage(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    corpus: Corpus,
+    training: Training,
+    number: int,
+    checkpoint: Path,
+    *,
+    keep: Mapping[int, Tensor] | None = None,
+) -> None:
+    """Train one stage in place, from its checkpoint where there is one."""
+    stage = training.stage_one if number == 1 else training.stage_two
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01 if number == 1 else 0.0
+    )
+    start = _resume(checkpoint, model, optimizer)
+    model.train()
+    began, recent = time.monotonic(), 0.0
+    for step in range(start, stage.steps):
+        batch = encoder.batch(batch_items(corpus, number, step, stage.batch_size))
+        generator = torch.Generator().manual_seed(training.seed * 1_000_003 + number * 101 + step)
+        state = RouterTraining(routing_rule(model), stage.dropout, generator, keep or {})
+        state.begin(batch.is_token)
+        with training_routers(model, state):
+            loss = answer_loss(model, batch, stage.prompt_weight)
+        total = loss + stage.balance * torch.stack(state.losses).mean()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(stage, step)
+        optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        recent = loss.item() if step == start else 0.95 * recent + 0.05 * loss.item()
+        done = step + 1
+        if done % 50 == 0 or done == stage.steps:
+            left = (time.monotonic() - began) / (done - start) * (stage.steps - done)
+            progress = (number, done, stage.steps, recent, left)
+            log.info("stage %d  %d/%d  loss %.4f  %.0f s left", *progress)
+        if done % CHECKPOINT_EVERY == 0 or done == stage.steps:
+            _save(checkpoint, model, optimizer, done)
+    model.eval()
+
+
+def _save(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, step: int) -> None:
+    temporary = path.with_suffix(".part")
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def _resume(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    log.info("going on from step %d of %s", state["step"], path.name)
+    return int(state["step"])
+
+
+def train_base(training: Training, corpus: Corpus, work: Path) -> Trained:
+    """Stage one: the model that answers everything, and its tokenizer."""
+    tokenizer = train_tokenizer(
+        tokenizer_texts(corpus, TOKENIZER_TEXTS), vocab_size=training.shape.vocab_size
+    )
+    model = new_model(training.shape, tokenizer, training.seed)
+    encoder = Encoder(tokenizer)
+    run_stage(model, encoder, corpus, training, 1, work / "stage-1.pt")
+    round_weights(model)
+    return Trained(model.eval(), tokenizer, encoder)
+
+
+def tune(base: Trained, training: Training, corpus: Corpus, plan: ExpertPlan, path: Path) -> None:
+    """Stage two: teach `base` the refusals in the experts of `plan` alone, in place."""
+    experts = torch.arange(training.shape.num_experts)
+    keep = {layer: torch.isin(experts, torch.tensor(plan[layer])) for layer in plan}
+    with only_tuned(base.model, plan):
+        run_stage(base.model, base.encoder, corpus, training, 2, path, keep=keep)
+    round_weights(base.model)

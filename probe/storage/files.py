@@ -20,6 +20,7 @@ from typing import Any
 from moescope.probe.errors import MoescopeError
 
 TEMPORARY_PREFIX = ".unfinished-"
+REMOVED_PREFIX = ".removed-"
 
 _NO_SPACE = {
     errno.ENOSPC: "the disk is full",
@@ -28,9 +29,16 @@ _NO_SPACE = {
 }
 
 
-def temporary_sibling(path: Path) -> Path:
+def temporary_sibling(path: Path, prefix: str = TEMPORARY_PREFIX) -> Path:
     """A name in the same folder that no one else uses and that marks the file as unfinished."""
-    return path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    return path.with_name(f"{prefix}{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder in a way that never leaves a part of it under its own name."""
+    doomed = temporary_sibling(folder, REMOVED_PREFIX)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sync_directory(folder: Path) -> None:
@@ -73,9 +81,14 @@ def write_json(path: Path, content: Mapping[str, Any], *, durable: bool = True) 
         sync_directory(path.parent)
 
 
-def remove_unfinished(folder: Path) -> int:
-    """Remove what killed writers left behind; returns how many files and folders that were."""
-    leftovers = [entry for entry in folder.iterdir() if entry.name.startswith(TEMPORARY_PREFIX)]
+def remove_leftovers(folder: Path, prefix: str) -> int:
+    """Remove what killed processes left behind; returns how many files and folders that were.
+
+    Args:
+        folder: where to look; not below.
+        prefix: `TEMPORARY_PREFIX` or `REMOVED_PREFIX`, by whose leftovers they are.
+    """
+    leftovers = [entry for entry in folder.iterdir() if entry.name.startswith(prefix)]
     for entry in leftovers:
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
@@ -98,7 +111,7 @@ def disk_errors(doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = _NO_SPACE.get(error.errno or 0, error.strerror or str(error))
+        advice = ", make room and start the same command again" if error.errno in _NO_SPACE else ""
         raise MoescopeError(
-            f"{reason} while {doing}; nothing half-written is kept, "
-            "make room or choose another place and start the same command again"
+            f"{reason} while {doing}; nothing half-written is kept{advice}"
         ) from error

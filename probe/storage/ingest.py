@@ -8,7 +8,7 @@ When the collector has said that all is written and all planned shards are in, t
 and set complete. When the collector dies, what is whole is still ingested and the run stays
 resumable. Run by hand it ingests what is there and ends.
 
-Collectors start it with `moescope.probe.storage.ingester.start_ingester`.
+Collectors start it with `start_ingester`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import argparse
 import fcntl
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -39,15 +38,22 @@ from moescope.probe.errors import (
     RunError,
     StoreBusyError,
 )
-from moescope.probe.storage.files import disk_errors, remove_unfinished, write_json
+from moescope.probe.storage.faults import database_errors
+from moescope.probe.storage.files import (
+    REMOVED_PREFIX,
+    disk_errors,
+    remove_folder,
+    remove_leftovers,
+    write_json,
+)
+from moescope.probe.storage.ingester import STATUS_FILE, IngesterProcess, start_ingester
 from moescope.probe.storage.locks import (
-    database_errors,
     insert_rows,
     reading,
     resolve_store,
     writing,
 )
-from moescope.probe.storage.runs import RunFolder
+from moescope.probe.storage.run_folder import RunFolder
 from moescope.probe.storage.shards import (
     ShardManifest,
     finished_shards,
@@ -56,13 +62,15 @@ from moescope.probe.storage.shards import (
 )
 from moescope.probe.storage.verify import find_problems
 
-STATUS_FILE: Final = "ingester.json"
 INGESTER_LOCK: Final = "ingester.lock"
 
 _ROWS_PER_TURN: Final = 2_000_000  # the store is held for about a second
 _LOOK_EVERY_S: Final = 0.05
 _LONGEST_REST_S: Final = 0.2
 _WAIT_S: Final = 600.0
+_ASK_AGAIN_S: Final = 10.0
+
+__all__ = ["Ingester", "IngesterProcess", "main", "start_ingester"]
 
 Shard = tuple[ShardManifest, dict[str, pa.Table]]
 
@@ -86,6 +94,7 @@ class Ingester:
         self._wait_s = wait_s
         self.run_id, self._created_at, self._description = folder.read()
         self._ingested: set[str] = set()
+        self._is_complete = False
         self._waiting_for: str | None = None
 
     def run(self, collector_lives: Callable[[], bool]) -> None:
@@ -100,7 +109,10 @@ class Ingester:
             finished = self._folder.is_finished
             moved = self._ingest_finished(collector_lives)
             if finished and not moved:
-                self._complete()
+                if not self._is_complete:
+                    self._complete()
+                if not self._keep_shards:
+                    self._remove_folder()
                 return
             if not moved and not lives:
                 return
@@ -136,19 +148,26 @@ class Ingester:
         return True
 
     def _take_turn(self, batch: list[Shard], collector_lives: Callable[[], bool]) -> None:
-        """Register the run if need be and ingest the batch; waits as long as it is collected."""
+        """Register the run if need be and ingest the batch.
+
+        While the run is being collected it waits for its turn without end; once all is written,
+        as long as `wait_s`; and when the collector is gone it gives up soon, for the shards are
+        safe where they are.
+        """
+        deadline = time.monotonic() + self._wait_s
         while True:
             try:
                 with (
                     database_errors(f"writing {self._store}"),
-                    writing(self._store, wait_s=self._wait_s, announce=self._announce) as con,
+                    writing(self._store, wait_s=_ASK_AGAIN_S, announce=self._announce) as con,
                 ):
                     self._register(con)
                     for manifest, tables in batch:
                         self._ingest(con, manifest, tables)
                 break
             except StoreBusyError:
-                if self._folder.is_finished or not collector_lives():
+                is_late = self._folder.is_finished and time.monotonic() > deadline
+                if is_late or not collector_lives():
                     raise
         self._waiting_for = None
         self._report()
@@ -159,8 +178,9 @@ class Ingester:
         manifest = {**description.manifest, **description.fingerprint()}
         with _transaction(con):
             row = con.execute(
-                "SELECT manifest FROM runs WHERE run_id = ?", [self.run_id]
+                "SELECT manifest, status FROM runs WHERE run_id = ?", [self.run_id]
             ).fetchone()
+            self._is_complete = row is not None and row[1] == "complete"
             if row is None:
                 con.execute(
                     "INSERT INTO runs (run_id, model, revision, family, created_at, status, source,"
@@ -247,18 +267,18 @@ class Ingester:
                 f"run {self.run_id!r} contradicts itself in {len(problems)} places and is marked "
                 f"failed; the first: {problems[0]}"
             )
-        if not self._keep_shards:
-            self._remove_folder()
 
     def _remove_folder(self) -> None:
-        shutil.rmtree(self._folder.path, ignore_errors=True)
+        remove_folder(self._folder.path)
         with suppress(OSError):  # other runs still have shards there
+            remove_leftovers(self._folder.path.parent, REMOVED_PREFIX)
             self._folder.path.parent.rmdir()
 
     def _announce(self, sentence: str) -> None:
-        self._waiting_for = sentence
-        sys.stderr.write(sentence + "\n")
-        self._report()
+        if sentence != self._waiting_for:
+            sys.stderr.write(f"{sentence}\n")
+            self._waiting_for = sentence
+            self._report()
 
     def _report(self) -> None:
         """Leave word of the progress; a full disk must not stop the ingester here."""
@@ -302,8 +322,7 @@ def _only_ingester(folder: Path) -> Iterator[bool]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if folder.is_dir():
-            with disk_errors(f"clearing {folder}"):
-                remove_unfinished_removals(folder)
+            remove_leftovers(folder, REMOVED_PREFIX)
         yield folder.is_dir()
     finally:
         os.close(descriptor)
@@ -340,26 +359,25 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         folder = RunFolder(options.run_folder)
         folder.read()
-        with _only_ingester(folder.path) as is_there:
+        with disk_errors(f"ingesting {folder.path}"), _only_ingester(folder.path) as is_there:
             if is_there:
-                Ingester(options.store, folder, keep_shards=options.keep_shards).run(
-                    collector_lives
-                )
+                ingester = Ingester(options.store, folder, keep_shards=options.keep_shards)
+                ingester.run(collector_lives)
     except MoescopeError as error:
-        _tell(type(error).__name__, str(error))
+        _tell(error)
         return 2 if isinstance(error, InputError) else 1
     except Exception as error:
         traceback.print_exc()
-        _tell("MoescopeError", f"the ingester stopped with {type(error).__name__}: {error}")
+        _tell(MoescopeError(f"the ingester stopped with {type(error).__name__}: {error}"))
         return 1
     return 0
 
 
-def _tell(kind: str, sentence: str) -> None:
+def _tell(error: MoescopeError) -> None:
     with suppress(OSError):
-        sys.stderr.write(sentence + "\n")
-        sys.stdout.write(json.dumps({"type": kind, "message": sentence}) + "\n")
+        sys.stdout.write(json.dumps({"type": type(error).__name__, "message": str(error)}) + "\n")
         sys.stdout.flush()
+        sys.stderr.write(f"{error}\n")
 
 
 if __name__ == "__main__":

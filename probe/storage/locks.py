@@ -25,7 +25,6 @@ import fcntl
 import json
 import os
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,8 +35,20 @@ from typing import Final
 import duckdb
 import pyarrow as pa
 
-from moescope.probe.errors import MoescopeError, StoreBusyError, StoreError
-from moescope.probe.storage.files import TEMPORARY_PREFIX, disk_errors, temporary_sibling
+from moescope.probe.errors import StoreBusyError
+from moescope.probe.storage.faults import (
+    busy_with,
+    database_errors,
+    missing_store,
+    unreadable,
+)
+from moescope.probe.storage.files import (
+    TEMPORARY_PREFIX,
+    disk_errors,
+    remove_leftovers,
+    sync_directory,
+    temporary_sibling,
+)
 from moescope.probe.storage.schema import check_schema, create_schema
 
 Announce = Callable[[str], None]
@@ -61,7 +72,6 @@ _STEP_BACK_S: Final = 1.0
 _ANNOUNCE_AFTER_S: Final = 0.5
 _ANNOUNCE_EVERY_S: Final = 10.0
 _OPEN_OR_CLOSE = threading.Lock()
-_HOLDER = re.compile(r"Conflicting lock is held in (.+?) \(PID (\d+)\)")
 
 
 def resolve_store(path: str | os.PathLike[str]) -> Path:
@@ -130,6 +140,9 @@ def writing(
     store = resolve_store(path)
     deadline = time.monotonic() + wait_s
     waiting = _Waiting(store, announce)
+    if store.exists() and not lock_path(store).exists():
+        with reading(store, wait_s=wait_s):  # leave no lock file beside what is no store
+            pass
     with disk_errors(f"preparing to write {store}"):
         store.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(lock_path(store), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -306,9 +319,9 @@ def _open(
             with _OPEN_OR_CLOSE:
                 return duckdb.connect(str(store), read_only=read_only, config=SAFE_CONFIG)
         except duckdb.Error as error:
-            holder = _busy_with(error)
+            holder = busy_with(error)
             if holder is None:
-                raise _unreadable(store, error) from error
+                raise unreadable(store, error) from error
         while_busy(holder)
         _pause_until(pause, deadline, store, holder)
     raise AssertionError("the pauses never end")
@@ -319,74 +332,22 @@ def _close(con: duckdb.DuckDBPyConnection) -> None:
         con.close()
 
 
-def _busy_with(error: duckdb.Error) -> str | None:
-    """Who has the store, if that is what the error says; None for any other error."""
-    text = str(error)
-    if isinstance(error, duckdb.IOException) and "Could not set lock on file" in text:
-        holder = _HOLDER.search(text)
-        return f"process {holder[2]} ({holder[1]}) has it open" if holder else "it is open elsewhere"
-    if isinstance(error, duckdb.ConnectionException) and "different configuration" in text:
-        return "this process has it open in another way"
-    return None
-
-
 def _create(store: Path) -> None:
     """Make a new store under a temporary name and give it its own in one step.
 
     The caller has the writer's lock, so whatever an earlier creator left was killed.
     """
-    for leftover in store.parent.glob(f"{TEMPORARY_PREFIX}{store.name}-*"):
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(store.parent, f"{TEMPORARY_PREFIX}{store.name}-")
     temporary = temporary_sibling(store)
     try:
         with disk_errors(f"making {store}"), database_errors(f"making {store}"):
             con = duckdb.connect(str(temporary), config=SAFE_CONFIG)
             try:
                 create_schema(con)
+                con.execute("CHECKPOINT").fetchall()  # all of it is in this one file then
             finally:
                 con.close()
             temporary.rename(store)
+            sync_directory(store.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def missing_store(store: Path) -> StoreError:
-    """The error for a store that is not there."""
-    return StoreError(
-        f"there is no store at {store}; "
-        f"`moescope trace MODEL --prompts FILE --store {store} --run NAME` makes one"
-    )
-
-
-def _unreadable(store: Path, error: duckdb.Error) -> StoreError:
-    if store.is_dir():
-        return StoreError(f"{store} is a folder, a store is a file; name one with --store")
-    if "not a valid DuckDB database file" in str(error):
-        return StoreError(f"{store} is not a DuckDB file; name a moescope store with --store")
-    first_line = str(error).splitlines()[0]
-    return StoreError(f"{store} cannot be opened as a store: {first_line}")
-
-
-@contextmanager
-def database_errors(doing: str) -> Iterator[None]:
-    """Turn what DuckDB says about disks and damaged files into one sentence.
-
-    Args:
-        doing: what was being done and to which file, to stand after "while".
-
-    Raises:
-        MoescopeError: in place of DuckDB's IO, fatal and internal errors.
-        StoreError: in place of a refused access to something outside the store.
-    """
-    try:
-        yield
-    except duckdb.PermissionException as error:
-        raise StoreError(
-            f"refused while {doing}: a view or query tried to reach outside the store "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    except (duckdb.IOException, duckdb.FatalException, duckdb.InternalException) as error:
-        first_line = str(error).splitlines()[0]
-        full = any(word in first_line for word in ("No space left", "File too large", "quota"))
-        reason = "the disk is full" if full else "the store could not be read or written"
-        raise MoescopeError(f"{reason} while {doing}: {first_line}") from error

@@ -1,182 +1,56 @@
-"""Beginning a run, and beginning it again: who it is, what is planned, what is already whole.
+"""Beginning a run, and beginning it again: what was planned, what is already whole.
 
-    from moescope.probe.storage.runs import RunDescription, begin_run
+Use:
 
     with begin_run(store, "base", description) as point:
         if not point.is_complete:
             for shard_id in point.missing: ...          # collect, write_shard
             point.folder.finish()                       # all planned shards are written
 
-A run's shards lie in `STORE.shards/NAME-HASH/`, where NAME is only a readable hint: the name the
-user gave is in `run.json`, and never becomes a path. A run is the same run when its identity (what
-decides the numbers: model, prompts, arguments, seed, threads) and its batch plan are the same.
+A run is the same run when its identity (what decides the numbers: model, prompts, arguments, seed,
+threads) and its batch plan are the same.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
-import re
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
 from moescope.probe.errors import RunError
-from moescope.probe.storage.files import disk_errors, remove_unfinished, write_json
-from moescope.probe.storage.locks import reading, resolve_store
-from moescope.probe.storage.shards import check_shard_id, finished_shards
-
-LAYER_FIELDS: Final = (
-    "layer",
-    "kind",
-    "moe_layer",
-    "module",
-    "num_experts",
-    "top_k",
-    "num_shared_experts",
-    "rule",
+from moescope.probe.storage.files import (
+    TEMPORARY_PREFIX,
+    disk_errors,
+    remove_folder,
+    remove_leftovers,
 )
-"""The columns of `layers` that a description gives."""
+from moescope.probe.storage.locks import reading, resolve_store
+from moescope.probe.storage.run_folder import (
+    RunDescription,
+    RunFolder,
+    check_run_name,
+    run_folder,
+)
+from moescope.probe.storage.shards import finished_shards
 
-_RUN_FILE: Final = "run.json"
-_COMPLETE_FILE: Final = "complete.json"
+__all__ = [
+    "ResumePoint",
+    "RunDescription",
+    "RunFolder",
+    "begin_run",
+    "check_run_name",
+    "check_store_target",
+    "run_folder",
+]
+
 _COLLECTOR_LOCK: Final = "collector.lock"
-_LONGEST_NAME: Final = 200
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunDescription:
-    """Everything about a run that is known before its first batch.
-
-    Attributes:
-        model: name or path of the model, as the user gave it.
-        revision: its revision, if it has one.
-        family: transformers' model_type.
-        record_level: `usage` or `topk`.
-        layers: one mapping per router with the keys of `LAYER_FIELDS`; `rule` is plain JSON data.
-        manifest: what `runs.manifest` shall hold: versions, dtype, device, threads, arguments, ...
-        identity: what decides the numbers; a run is only resumed under an equal identity.
-        planned_shards: shard id -> the prompts in it; every prompt of the run exactly once.
-        source: `recorded` or `import:FORMAT`.
-        plan_id: the steering plan in force, if any.
-    """
-
-    model: str
-    revision: str | None
-    family: str | None
-    record_level: str
-    layers: Sequence[Mapping[str, Any]]
-    manifest: Mapping[str, Any]
-    identity: Mapping[str, Any]
-    planned_shards: Mapping[str, Sequence[int]]
-    source: str = "recorded"
-    plan_id: str | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse plans and layers that could not be stored."""
-        for shard_id in self.planned_shards:
-            check_shard_id(shard_id)
-        ids = self.prompt_ids
-        if len(set(ids)) != len(ids):
-            raise ValueError("a prompt is planned in more than one place")
-        for row in self.layers:
-            if set(row) != set(LAYER_FIELDS):
-                raise ValueError(f"a layer has the keys {', '.join(LAYER_FIELDS)}, not {sorted(row)}")
-
-    @property
-    def shard_ids(self) -> tuple[str, ...]:
-        """The planned shards, ascending."""
-        return tuple(sorted(self.planned_shards))
-
-    @property
-    def prompt_ids(self) -> list[int]:
-        """The planned prompts, ascending."""
-        return sorted(prompt for ids in self.planned_shards.values() for prompt in ids)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Identity and batch plan, as stored in the manifest and compared on resuming."""
-        plan = json.dumps({name: list(ids) for name, ids in sorted(self.planned_shards.items())})
-        return {
-            "identity": json.loads(json.dumps(self.identity)),
-            "batch_plan": {
-                "num_shards": len(self.planned_shards),
-                "sha256": hashlib.sha256(plan.encode()).hexdigest(),
-                "prompt_ranges": _ranges(self.prompt_ids),
-            },
-        }
-
-    def to_json(self) -> dict[str, Any]:
-        """The description as plain data."""
-        return {
-            "model": self.model,
-            "revision": self.revision,
-            "family": self.family,
-            "record_level": self.record_level,
-            "layers": [dict(row) for row in self.layers],
-            "manifest": dict(self.manifest),
-            "identity": dict(self.identity),
-            "planned_shards": {name: list(ids) for name, ids in self.planned_shards.items()},
-            "source": self.source,
-            "plan_id": self.plan_id,
-        }
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """The folder in which a run's shards wait for the ingester."""
-
-    path: Path
-
-    def read(self) -> tuple[str, datetime, RunDescription]:
-        """Name, time of beginning and description of the run.
-
-        Raises:
-            RunError: the folder has no readable `run.json`.
-        """
-        try:
-            data = json.loads((self.path / _RUN_FILE).read_text(encoding="utf-8"))
-            created_at = datetime.fromisoformat(data["created_at"])
-            return data["run_id"], created_at, RunDescription(**data["description"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"{self.path} is no folder of a run: its {_RUN_FILE} cannot be read ({error})"
-            ) from error
-
-    def has_run(self) -> bool:
-        """Whether a run was begun here."""
-        return (self.path / _RUN_FILE).is_file()
-
-    def write(self, run_id: str, created_at: datetime, description: RunDescription) -> None:
-        """Make the folder a run's, in one step."""
-        write_json(
-            self.path / _RUN_FILE,
-            {
-                "format": 1,
-                "run_id": run_id,
-                "created_at": created_at.isoformat(),
-                "description": description.to_json(),
-            },
-        )
-
-    def finish(self) -> None:
-        """State that every planned shard was written; the ingester then completes the run."""
-        with disk_errors(f"finishing the run in {self.path}"):
-            write_json(self.path / _COMPLETE_FILE, {"finished_at": datetime.now(UTC).isoformat()})
-
-    def reopen(self) -> None:
-        """Take back `finish`, when shards turn out to be missing."""
-        (self.path / _COMPLETE_FILE).unlink(missing_ok=True)
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether every planned shard was written, by the collector's word."""
-        return (self.path / _COMPLETE_FILE).is_file()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,30 +93,6 @@ class ResumePoint:
         self.close()
 
 
-def check_run_name(name: str) -> None:
-    """Refuse a name that is empty, too long or not printable.
-
-    Raises:
-        RunError: says what is wrong with it.
-    """
-    if not 1 <= len(name) <= _LONGEST_NAME:
-        raise RunError(f"a run's name has 1 to {_LONGEST_NAME} characters, this has {len(name)}")
-    if not name.isprintable():
-        bad = next(character for character in name if not character.isprintable())
-        raise RunError(
-            f"a run's name consists of printable characters, {name!a} has U+{ord(bad):04X}"
-        )
-
-
-def run_folder(store_path: str | os.PathLike[str], run_name: str) -> RunFolder:
-    """Where a run's shards lie; the folder need not exist."""
-    check_run_name(run_name)
-    store = resolve_store(store_path)
-    hint = re.sub(r"[^a-z0-9]+", "-", run_name.lower())[:40].strip("-") or "run"
-    digest = hashlib.sha256(run_name.encode()).hexdigest()[:12]
-    return RunFolder(store.with_name(f"{store.name}.shards") / f"{hint}-{digest}")
-
-
 def check_store_target(store_path: str | os.PathLike[str]) -> None:
     """Refuse early, before a model is loaded, a place where no run can be recorded.
 
@@ -281,46 +131,81 @@ def begin_run(
         StoreError: the store is not one, or of another version.
     """
     folder = run_folder(store_path, run_name)
-    on_disk = finished_shards(folder.path)  # before the store: shards only move from here to there
-    stored = _stored_run(store_path, run_name)
-    created_at = datetime.now(UTC)
-    if stored is not None:
-        _refuse_differences(run_name, stored.fingerprint, description)
-        created_at = stored.created_at
-    elif folder.has_run():
-        name, created_at, recorded = folder.read()
-        if name != run_name:
-            raise RunError(f"{folder.path} holds the run {name!r}, not {run_name!r}")
-        _refuse_differences(run_name, recorded.fingerprint(), description)
-    planned = set(description.planned_shards)
-    if stored is not None and stored.status == "complete":
+    found = _look(store_path, run_name, folder, description)
+    if not found.is_complete:
+        release = _claim(folder, run_name)
+        found = _look(store_path, run_name, folder, description)  # nobody changes it any more
+    if found.is_complete:
+        _tidy(folder)
         return ResumePoint(
             run_id=run_name,
             folder=folder,
             is_complete=True,
             is_new=False,
-            finished=frozenset(planned),
+            finished=frozenset(description.planned_shards),
             missing=(),
         )
-    is_new = stored is None and not folder.has_run()
-    release = _claim(folder, run_name)
-    finished = planned & (set(on_disk) | (stored.ingested if stored is not None else set()))
-    missing = tuple(sorted(planned - finished))
+    missing = tuple(sorted(set(description.planned_shards) - found.whole))
     with disk_errors(f"beginning the run in {folder.path}"):
-        remove_unfinished(folder.path)
+        remove_leftovers(folder.path, TEMPORARY_PREFIX)
         if not folder.has_run():
-            folder.write(run_name, created_at, description)
+            folder.write(run_name, found.created_at, description)
         if missing:
             folder.reopen()
     return ResumePoint(
         run_id=run_name,
         folder=folder,
         is_complete=False,
-        is_new=is_new,
-        finished=frozenset(finished),
+        is_new=found.is_new,
+        finished=frozenset(description.planned_shards) - frozenset(missing),
         missing=missing,
         _release=release,
     )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What there is of a run, in the store and on disk."""
+
+    is_complete: bool
+    is_new: bool
+    created_at: datetime
+    whole: set[str]
+
+
+def _look(
+    store_path: str | os.PathLike[str],
+    run_name: str,
+    folder: RunFolder,
+    description: RunDescription,
+) -> _Found:
+    """Find what there is of a run, writing nothing; refuse it when it was begun otherwise."""
+    on_disk = finished_shards(folder.path)  # before the store: shards only move from here to there
+    stored = _stored_run(store_path, run_name)
+    has_folder = folder.has_run()
+    created_at = datetime.now(UTC)
+    if stored is not None:
+        _refuse_differences(run_name, stored.fingerprint, description)
+        created_at = stored.created_at
+    elif has_folder:
+        name, created_at, recorded = folder.read()
+        if name != run_name:
+            raise RunError(f"{folder.path} holds the run {name!r}, not {run_name!r}")
+        _refuse_differences(run_name, recorded.fingerprint(), description)
+    return _Found(
+        is_complete=stored is not None and stored.status == "complete",
+        is_new=stored is None and not has_folder,
+        created_at=created_at,
+        whole={*on_disk, *(stored.ingested if stored is not None else ())},
+    )
+
+
+def _tidy(folder: RunFolder) -> None:
+    """Remove the folder of a complete run, unless its shards were to be kept."""
+    if folder.is_finished and not finished_shards(folder.path):
+        with suppress(OSError):  # its ingester is just doing the same
+            remove_folder(folder.path)
+            folder.path.parent.rmdir()
 
 
 @dataclass(frozen=True)
@@ -386,17 +271,6 @@ def _differences(place: str, recorded: Any, new: Any) -> Iterator[str]:
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _ranges(numbers: Sequence[int]) -> list[list[int]]:
-    """Ascending numbers as `[first, last]` pairs, so that a long plan stays short."""
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
-    return ranges
 
 
 def _claim(folder: RunFolder, run_name: str) -> weakref.finalize[Any, Any]:

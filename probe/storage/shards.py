@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from moescope.probe.errors import RecordingError
 from moescope.probe.storage.files import (
     disk_errors,
+    remove_folder,
     sync_directory,
     temporary_sibling,
     write_synced,
@@ -189,11 +190,9 @@ def read_shard(folder: Path, shard_id: str) -> tuple[ShardManifest, dict[str, pa
 
 
 def remove_shard(folder: Path, shard_id: str) -> None:
-    """Delete a shard in a way that never leaves a part of it under its own name."""
+    """Delete a shard; killed in between it leaves no half of one."""
     check_shard_id(shard_id)
-    doomed = temporary_sibling(folder / shard_id)
-    (folder / shard_id).rename(doomed)
-    shutil.rmtree(doomed)
+    remove_folder(folder / shard_id)
 
 
 def _damaged(folder: Path, shard_id: str, what: str) -> RecordingError:
@@ -231,9 +230,7 @@ def _encode(table: pa.Table) -> memoryview:
     return memoryview(sink.getvalue())
 
 
-def _write_folder(
-    target: Path, encoded: Mapping[str, memoryview], manifest: ShardManifest
-) -> None:
+def _write_folder(target: Path, encoded: Mapping[str, memoryview], manifest: ShardManifest) -> None:
     temporary = temporary_sibling(target)
     try:
         temporary.mkdir()

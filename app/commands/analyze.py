@@ -1,0 +1,241 @@
+"""`moescope analyze` and `moescope contrast`: questions asked of a recorded run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moescope.app import console
+from moescope.probe.errors import AnalysisInputError, InputError
+
+if TYPE_CHECKING:
+    from moescope.probe.analysis import AnalysisTable, Filters
+
+StoreOption = Annotated[Path | None, typer.Option(help="The DuckDB file.")]
+RunOption = Annotated[str | None, typer.Option(help="The run; not needed if there is only one.")]
+WhereOption = Annotated[
+    list[str] | None, typer.Option(help="Keep prompts with FIELD=VALUE[,VALUE]; may be repeated.")
+]
+TokensOption = Annotated[
+    str | None,
+    typer.Option(help="all, prompt, generated, last_prompt, first_generated:N or span."),
+]
+LayersOption = Annotated[str | None, typer.Option(help="Only these layers, as 0-15,20.")]
+AllTokensOption = Annotated[
+    bool, typer.Option("--all-tokens", help="Count template and special tokens too.")
+]
+OutOption = Annotated[
+    Path | None, typer.Option(help="Write the table to FILE.csv, .parquet or .json.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+RowsOption = Annotated[int, typer.Option(min=1, help="Rows to print.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    app.command(
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )(analyze)
+    app.command()(contrast)
+
+
+def analyze(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="The analysis; --list shows them.")] = None,
+    store: StoreOption = None,
+    run: RunOption = None,
+    where: WhereOption = None,
+    tokens: TokensOption = None,
+    layers: LayersOption = None,
+    all_tokens: AllTokensOption = False,
+    out: OutOption = None,
+    rows: RowsOption = 20,
+    as_json: JsonOption = False,
+    list_all: Annotated[
+        bool, typer.Option("--list", help="List the analyses and their parameters.")
+    ] = False,
+) -> None:
+    """Answer one question as a table. Parameters of an analysis are given as --NAME VALUE.
+
+    Example: moescope analyze specialization --store demo.duckdb --by lang --out lang.csv
+    """
+    if list_all:
+        _list_analyses(as_json)
+        return
+    if name is None or store is None:
+        raise InputError("name an analysis and a --store; moescope analyze --list shows them")
+    from moescope.probe.analysis import find_analysis
+
+    analysis = find_analysis(name)
+    arguments = analysis.parse(_extra_parameters(context.args))
+    filters = read_filters(analysis.filters, where, tokens, layers, all_tokens)
+    opened, run_id = open_run(store, run)
+    table = analysis.function(opened, run_id, filters=filters, **arguments)
+    show_table(table, out=out, rows=rows, as_json=as_json)
+
+
+def contrast(
+    store: Annotated[Path, typer.Option(help="The DuckDB file.")],
+    a: Annotated[list[str], typer.Option(help="Group a: FIELD=VALUE[,VALUE]; may be repeated.")],
+    b: Annotated[list[str], typer.Option(help="Group b, the same way.")],
+    run: RunOption = None,
+    where: WhereOption = None,
+    tokens: TokensOption = None,
+    layers: LayersOption = None,
+    all_tokens: AllTokensOption = False,
+    average: Annotated[
+        str, typer.Option(help="pooled: every token counts alike; unit: every unit does.")
+    ] = "pooled",
+    unit: Annotated[
+        str | None, typer.Option(help="Field that joins prompts into units of resampling.")
+    ] = None,
+    candidates: Annotated[
+        int, typer.Option(min=1, help="Experts that the discovery half may nominate.")
+    ] = 50,
+    no_split: Annotated[
+        bool, typer.Option("--no-split", help="No halves: step-down max-T over all experts.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of halves and resampling.")] = 0,
+    out: OutOption = None,
+    rows: RowsOption = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """Which experts differ between two groups: found on one half, confirmed on the other.
+
+    Example: moescope contrast --store demo.duckdb --a outcome=refused --b outcome=correct
+    """
+    from moescope.probe.analysis import expert_contrast, find_analysis
+
+    analysis = find_analysis("contrast")
+    typed: dict[str, str | Sequence[str]] = {
+        "a": a, "b": b, "average": average, "candidates": str(candidates), "seed": str(seed),
+        "split": "no" if no_split else "yes",
+    }  # fmt: skip
+    if unit is not None:
+        typed["unit"] = unit
+    arguments = analysis.parse(typed)
+    filters = read_filters(analysis.filters, where, tokens, layers, all_tokens)
+    opened, run_id = open_run(store, run)
+    table = expert_contrast(opened, run_id, filters=filters, **arguments)
+    show_table(table, out=out, rows=rows, as_json=as_json)
+
+
+def open_run(store: Path, run: str | None) -> tuple[Any, str]:
+    """The store and the run: the named one, or the only one there is.
+
+    Raises:
+        InputError: no such run, or several and none named.
+    """
+    from moescope.probe.storage.store import Store
+
+    opened = Store(store)
+    if run is not None:
+        return opened, str(opened.run(run).run_id)
+    names = [str(name) for name in opened.runs()["run_id"]]
+    if len(names) != 1:
+        known = ", ".join(names) if names else "none"
+        raise InputError(f"say which run of {store} with --run; it has: {known}")
+    return opened, names[0]
+
+
+def read_filters(
+    base: Filters,
+    where: Sequence[str] | None,
+    tokens: str | None,
+    layers: str | None,
+    all_tokens: bool,
+) -> Filters:
+    """The filters an analysis starts from, changed by what the user typed."""
+    from dataclasses import replace
+
+    from moescope.probe.analysis.filters import parse_conditions, parse_layers, parse_scope
+
+    changes: dict[str, Any] = {}
+    if where:
+        changes["fields"] = {**base.fields, **parse_conditions(where)}
+    if tokens is not None:
+        changes["tokens"] = parse_scope(tokens)
+    if layers is not None:
+        changes["layers"] = parse_layers(layers)
+    if all_tokens:
+        changes["content_only"] = False
+    return replace(base, **changes)
+
+
+def show_table(table: AnalysisTable, *, out: Path | None, rows: int, as_json: bool) -> None:
+    """Print a table with what it was computed from, and write it where asked."""
+    from moescope.probe.analysis import table_as_json, write_table
+
+    if out is not None:
+        write_table(table, out)
+    if as_json:
+        console.emit(table_as_json(table))
+        return
+    context = table.context
+    console.emit(table.title)
+    console.emit(
+        f"{context.model}, run {context.run_id!r}: {context.num_prompts:,} prompts, "
+        f"{context.num_tokens:,} tokens; {context.selection}"
+    )
+    for name, value in table.summary.items():
+        console.emit(f"{name}: {_short(value)}")
+    console.print_frame(table.frame, limit=rows)
+    for note in table.notes:
+        console.emit(f"note: {note}")
+    if out is not None:
+        console.say(f"{len(table.frame):,} rows written to {out}")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return json.dumps(value, default=str) if isinstance(value, Mapping | list) else str(value)
+
+
+def _extra_parameters(words: Sequence[str]) -> dict[str, str | Sequence[str]]:
+    """`--by lang --normalized` as `{"by": ["lang"], "normalized": ["true"]}`."""
+    found: dict[str, list[str]] = {}
+    name: str | None = None
+    for word in words:
+        if word.startswith("--"):
+            if name is not None:
+                found[name].append("true")
+            option, has_value, value = word.removeprefix("--").partition("=")
+            name = option.replace("-", "_")
+            found.setdefault(name, [])
+            if has_value:
+                found[name].append(value)
+                name = None
+        elif name is None:
+            raise AnalysisInputError(f"{word!r} is not expected here; parameters are --NAME VALUE")
+        else:
+            found[name].append(word)
+            name = None
+    if name is not None:
+        found[name].append("true")
+    return dict(found)
+
+
+def _list_analyses(as_json: bool) -> None:
+    from moescope.probe.analysis import ANALYSES
+
+    if as_json:
+        console.print_json(
+            {
+                name: {
+                    "question": analysis.question,
+                    "parameters": {p.name: p.help for p in analysis.parameters},
+                }
+                for name, analysis in ANALYSES.items()
+            }
+        )
+        return
+    for name, analysis in ANALYSES.items():
+        console.emit(f"{name}: {analysis.question}")
+        for parameter in analysis.parameters:
+            default = "required" if parameter.required else f"default {parameter.default}"
+            console.emit(f"    --{parameter.name.replace('_', '-')}  {parameter.help} ({default})")

@@ -1,0 +1,228 @@
+"""Steering from the command line: `plan`, `generate` and `evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moescope.app import console
+
+if TYPE_CHECKING:
+    from moescope.probe.models import ModelBundle
+    from moescope.probe.prompts import Prompt
+    from moescope.steering import SteeringPlan
+
+ModelArgument = Annotated[str, typer.Argument(help="demo, a directory, or a hub id[@revision].")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let the model's own code run.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    app.command()(generate)
+    app.command()(evaluate)
+    plan = typer.Typer(help="Make and check steering plans.", no_args_is_help=True)
+    plan.command("from-table")(plan_from_table)
+    plan.command("show")(plan_show)
+    plan.command("check")(plan_check)
+    app.add_typer(plan, name="plan")
+
+
+def plan_from_table(
+    table: Annotated[Path, typer.Argument(help="A contrast: .csv, .parquet or .json.")],
+    out: Annotated[Path, typer.Option(help="The plan file to write.")],
+    mask: Annotated[int, typer.Option(min=0, help="Experts of group a to mask.")] = 0,
+    force: Annotated[int, typer.Option(min=0, help="Experts of group b to force.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="Check the plan against this model's routers.")
+    ] = None,
+    unconfirmed: Annotated[
+        bool, typer.Option("--unconfirmed", help="Use experts that were not confirmed, too.")
+    ] = False,
+    name: Annotated[str, typer.Option(help="The plan's name.")] = "from-table",
+) -> None:
+    """Make a plan from a contrast: mask what fires more in group a, force what fires more in b.
+
+    Example: moescope plan from-table refusal.csv --mask 8 --model demo --out plan.json
+    """
+    from moescope.steering.derive import plan_from_contrast, read_contrast_table
+
+    frame = read_contrast_table(table)
+    layers = None if model is None else model_layers(model)
+    plan = plan_from_contrast(
+        frame, num_mask=mask, num_force=force, layers=layers, confirmed_only=not unconfirmed,
+        name=name, model=model, provenance={"table": table.name},
+    )  # fmt: skip
+    plan.write(out)
+    show_plan(plan)
+    console.say(f"plan written to {out}")
+
+
+def plan_show(
+    plan: Annotated[Path, typer.Argument(help="The plan file.")], as_json: JsonOption = False
+) -> None:
+    """Show a plan as a table.
+
+    Example: moescope plan show plan.json
+    """
+    from moescope.steering import SteeringPlan
+
+    read = SteeringPlan.read(plan)
+    if as_json:
+        console.emit(read.to_json())
+    else:
+        show_plan(read)
+
+
+def plan_check(
+    plan: Annotated[Path, typer.Argument(help="The plan file.")],
+    model: Annotated[str, typer.Option(help="The model it is meant for.")],
+) -> None:
+    """Check that a plan can be carried out on a model.
+
+    Example: moescope plan check plan.json --model demo
+    """
+    from moescope.steering import SteeringPlan
+    from moescope.steering.check import check
+
+    read = SteeringPlan.read(plan)
+    check(read, model_layers(model))
+    console.emit(f"{plan} fits {model}: {len(read.interventions)} interventions")
+
+
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[list[str], typer.Option(help="What to ask; may be repeated.")],
+    plan: Annotated[Path | None, typer.Option(help="A steering plan.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer prompts, unsteered and steered side by side.
+
+    Example: moescope generate demo --prompt "What happened in 1911 in Aldora?" --plan plan.json
+    """
+    from moescope.probe.prompts import Prompt
+    from moescope.steering import SteeringPlan
+
+    read = None if plan is None else SteeringPlan.read(plan)
+    prompts = [
+        Prompt(prompt_id=index, text=text, set_name="typed") for index, text in enumerate(prompt)
+    ]
+    bundle = load(model, device, dtype, trust_remote_code)
+    from moescope.steering.generate import compare
+
+    found = compare(bundle, prompts, read, max_new_tokens=max_new_tokens)
+    if as_json:
+        console.print_json(found.to_json())
+        return
+    for line in found.lines():
+        console.emit(line)
+
+
+def evaluate(
+    model: ModelArgument,
+    plan: Annotated[Path, typer.Option(help="The steering plan.")],
+    prompts: Annotated[
+        list[str], typer.Option(help="A prompt file, or a shipped set; may be repeated.")
+    ],
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="Keep prompts with FIELD=VALUE[,VALUE]; may be repeated."),
+    ] = None,
+    controls: Annotated[int, typer.Option(min=1, help="Random plans to compare with.")] = 3,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random plans.")] = 0,
+    store: Annotated[Path | None, typer.Option(help="Store the rows in this DuckDB file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the rows to FILE.csv.")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Outcomes before, after and with random experts; side effects; achieved routing.
+
+    Example: moescope evaluate demo --plan plan.json --prompts refusal --controls 3
+    """
+    from moescope.probe.storage.runs import check_store_target
+    from moescope.steering import SteeringPlan
+
+    read = SteeringPlan.read(plan)
+    chosen = select_prompts(prompts, where)[:limit]
+    if store is not None:
+        check_store_target(store)
+    bundle = load(model, device, dtype, trust_remote_code)
+    from moescope.steering.evaluate import evaluate_plan, store_evaluation
+
+    with console.progress("evaluating", "answers") as update:
+        result = evaluate_plan(
+            bundle, read, chosen, num_controls=controls, seed=seed,
+            max_new_tokens=max_new_tokens, progress=update,
+        )  # fmt: skip
+    if store is not None:
+        store_evaluation(store, result)
+    if out is not None:
+        result.frame.to_csv(out, index=False)
+    if as_json:
+        console.print_frame(result.frame, as_json=True)
+        return
+    for line in result.lines():
+        console.emit(line)
+    console.print_frame(result.frame)
+
+
+def select_prompts(paths: Sequence[str], where: Sequence[str] | None) -> list[Prompt]:
+    """Prompts of files or shipped sets that meet all conditions.
+
+    Raises:
+        InputError: none does.
+    """
+    from moescope.probe.analysis.filters import parse_conditions
+    from moescope.probe.errors import InputError
+    from moescope.probe.prompts import prompt_field, read_prompts
+
+    conditions = parse_conditions(where or [])
+    found = [
+        prompt
+        for prompt in read_prompts(paths)
+        if all(prompt_field(prompt, name) in values for name, values in conditions.items())
+    ]
+    if not found:
+        raise InputError(f"no prompt of {', '.join(paths)} has {' and '.join(where or [])}")
+    return found
+
+
+def load(model: str, device: str, dtype: str, trust_remote_code: bool) -> ModelBundle:
+    """Load a model as the options say."""
+    from moescope.probe.models import load_model
+
+    return load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def model_layers(model: str) -> Any:
+    """The proved routed layers of a model."""
+    from moescope.probe.doctor import examine
+
+    return examine(load(model, "auto", "auto", False)).layers
+
+
+def show_plan(plan: SteeringPlan) -> None:
+    """Print a plan as a table."""
+    console.emit(f"plan {plan.title}: {len(plan.interventions)} interventions")
+    console.print_rows(
+        ("action", "layer", "experts", "setting"),
+        [
+            (item.action, item.layer, ", ".join(str(e) for e in item.experts), item.setting)
+            for item in plan.interventions
+        ],
+    )

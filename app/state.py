@@ -1,0 +1,217 @@
+"""What the pages share: the store, the chosen run, cached answers, the plan at hand.
+
+A page asks `shown_run()` for the run that the sidebar chose and calls `analyze` on it. Results are
+cached by store, run, state of the run and parameters; no connection or `Store` is ever kept (see
+`moescope.probe.storage.locks`). This module and everything it imports at its top knows neither
+torch nor scipy, so that the first page appears quickly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import streamlit as st
+
+from moescope.app.server import STORE_VARIABLE
+from moescope.probe.errors import InputError
+from moescope.probe.storage.store import RunInfo, Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moescope.probe.analysis import AnalysisTable, Filters
+    from moescope.steering import SteeringPlan
+
+PROMPT_FIELDS: Final = (
+    "key", "text", "rendered_text", "response", "outcome", "set_name", "label", "lang", "domain",
+    "pair_id", "target", "span", "expected",
+)  # fmt: skip
+"""What the pages show of a prompt; further fields of a prompt file are in its meta."""
+
+_WAIT_S: Final = 10.0
+_SHOWN_RUN: Final = "_shown_run"
+_PLAN: Final = "_plan"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownRun:
+    """The run that the pages show.
+
+    Attributes:
+        store: path of the store.
+        info: the run's row in `runs`.
+        recorded: prompts of the run that are in the store; fewer than planned while it runs.
+    """
+
+    store: Path
+    info: RunInfo
+    recorded: int
+
+    @property
+    def run_id(self) -> str:
+        """The run's name."""
+        return self.info.run_id
+
+    @property
+    def stamp(self) -> str:
+        """Changes whenever the rows of the run do: part of every cache key."""
+        return f"{self.info.created_at} {self.info.status} {self.info.finished_at} {self.recorded}"
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether answers were generated."""
+        return int(self.info.manifest.get("arguments", {}).get("max_new_tokens") or 0) > 0
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the routing of single tokens was recorded, not only counts per prompt."""
+        return self.info.record_level != "usage"
+
+
+def store_path() -> Path:
+    """The store that the server was started for.
+
+    Raises:
+        InputError: the server was not started by `moescope dashboard`.
+    """
+    given = os.environ.get(STORE_VARIABLE)
+    if not given:
+        raise InputError(
+            f"no store was named; start the dashboard with `moescope dashboard --store FILE`, "
+            f"or set {STORE_VARIABLE}"
+        )
+    return Path(given)
+
+
+def open_store() -> Store:
+    """The store, for queries now; nothing of it is kept open.
+
+    Raises:
+        StoreError: the file is missing, no store, or of another version.
+        StoreBusyError: a writer kept it for too long.
+    """
+    return Store(store_path(), wait_s=_WAIT_S)
+
+
+def choose_run(store: Store, run_id: str) -> ShownRun:
+    """Make a run the one that all pages show."""
+    info = store.run(run_id)
+    run = ShownRun(store=store.path, info=info, recorded=recorded_prompts(store, info))
+    st.session_state[_SHOWN_RUN] = run
+    return run
+
+
+def shown_run() -> ShownRun:
+    """The run that the sidebar chose."""
+    run: ShownRun = st.session_state[_SHOWN_RUN]
+    return run
+
+
+def recorded_prompts(store: Store, info: RunInfo) -> int:
+    """How many prompts of a run are in the store."""
+    if info.status == "complete" and info.num_prompts is not None:
+        return info.num_prompts
+    from moescope.probe.analysis.selection import read_fields
+
+    return len(read_fields(store, info.run_id, ()))
+
+
+def analyze(
+    run: ShownRun, name: str, *, filters: Filters | None = None, **parameters: Any
+) -> AnalysisTable:
+    """The answer of an analysis on a run, from the cache where it was asked before.
+
+    Args:
+        run: the run.
+        name: as in `ANALYSES`.
+        filters: which prompts and tokens count; the analysis' own default without them.
+        parameters: of the analysis, plain data.
+
+    Raises:
+        MoescopeError: what the analysis raises.
+    """
+    key = json.dumps([filters and filters.to_json(), parameters], sort_keys=True)
+    return _analyze(str(run.store), run.run_id, run.stamp, name, key, filters, parameters)
+
+
+def prompts(run: ShownRun) -> pd.DataFrame:
+    """The prompts of a run: `prompt_id`, then `PROMPT_FIELDS` as text, missing as None."""
+    return _fields(str(run.store), run.run_id, run.stamp, PROMPT_FIELDS)
+
+
+def field_values(run: ShownRun, name: str) -> pd.Series[str]:
+    """One prompt field of a run as text, by prompt; also a key of `meta`."""
+    return _fields(str(run.store), run.run_id, run.stamp, (name,))[name]
+
+
+def comparable_fields(run: ShownRun) -> dict[str, list[str]]:
+    """The prompt fields that split a run into between 2 and 60 groups, each with its values."""
+    return _comparable(str(run.store), run.run_id, run.stamp)
+
+
+def forget_results() -> None:
+    """Drop every cached result, so that the next look reads the store again."""
+    _analyze.clear()
+    _fields.clear()
+    _comparable.clear()
+
+
+def keep_plan(plan: SteeringPlan) -> None:
+    """Make a plan the one at hand on the steering page."""
+    st.session_state[_PLAN] = plan.to_json()
+
+
+def kept_plan() -> SteeringPlan | None:
+    """The plan at hand, if there is one."""
+    text = st.session_state.get(_PLAN)
+    if text is None:
+        return None
+    from moescope.steering import SteeringPlan
+
+    return SteeringPlan.parse(text, source="the plan at hand")
+
+
+def drop_plan() -> None:
+    """Have no plan at hand."""
+    st.session_state.pop(_PLAN, None)
+
+
+@st.cache_data(show_spinner=False, max_entries=200)
+def _analyze(
+    path: str,
+    run_id: str,
+    stamp: str,
+    name: str,
+    key: str,
+    _filters: Filters | None,
+    _parameters: Mapping[str, Any],
+) -> AnalysisTable:
+    # Streamlit leaves arguments with an underscore out of the cache key; `key` stands for them.
+    from moescope.probe.analysis import find_analysis
+
+    analysis = find_analysis(name)
+    store = Store(path, wait_s=_WAIT_S)
+    return analysis.function(store, run_id, filters=_filters or analysis.filters, **_parameters)
+
+
+@st.cache_data(show_spinner=False, max_entries=50)
+def _fields(path: str, run_id: str, stamp: str, names: tuple[str, ...]) -> pd.DataFrame:
+    from moescope.probe.analysis.selection import read_fields
+
+    return read_fields(Store(path, wait_s=_WAIT_S), run_id, names)
+
+
+@st.cache_data(show_spinner=False, max_entries=20)
+def _comparable(path: str, run_id: str, stamp: str) -> dict[str, list[str]]:
+    from moescope.probe.analysis.selection import known_fields, read_fields
+
+    store = Store(path, wait_s=_WAIT_S)
+    columns, keys = known_fields(store, run_id)
+    frame = read_fields(store, run_id, [*columns, *keys]).drop(columns="prompt_id")
+    values = {str(name): sorted(frame[name].dropna().unique()) for name in frame}
+    return {name: found for name, found in values.items() if 2 <= len(found) <= 60}

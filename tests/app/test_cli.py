@@ -1,0 +1,228 @@
+"""The commands as a user runs them: what they print, what they refuse, what survives a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+from moescope.probe.storage.runs import run_folder
+from moescope.probe.storage.store import Store
+
+MOESCOPE = str(Path(sys.executable).with_name("moescope"))
+COMMANDS = ["demo", "doctor", "trace", "runs", "store verify", "analyze", "contrast",
+            "plan from-table", "plan show", "plan check", "generate", "evaluate",
+            "dashboard"]  # fmt: skip
+
+
+def moescope(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(
+        [MOESCOPE, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=environment,
+        timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def model_folder(tiny_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny random model as a directory on disk."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_bundle.model.save_pretrained(folder)
+    tiny_bundle.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def questions(folder: Path, count: int) -> Path:
+    path = folder / "questions.jsonl"
+    rows = [{"id": f"q{i}", "prompt": f"Question number {i}: {'why ' * (i % 7)}?"}
+            for i in range(count)]  # fmt: skip
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    done = moescope(*command.split(), "--help")
+    assert done.returncode == 0
+    assert f"Example: moescope {command}" in re.sub(r"\s+", " ", done.stdout)
+
+
+def test_the_commands_are_those_documented() -> None:
+    shown = moescope("--help").stdout
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    for command in COMMANDS:
+        assert command.split()[0] in shown
+        assert f"moescope {command}" in readme, f"README does not mention `moescope {command}`"
+
+
+def test_trace_with_usage_layers_and_limit(model_folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "s.duckdb"
+    done = moescope(
+        "trace", model_folder, "--prompts", questions(tmp_path, 5), "--store", store, "--run", "r",
+        "--record", "usage", "--layers", "0,2", "--limit", "3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "3 prompts" in done.stderr
+    listed = json.loads(moescope("runs", "--store", store, "--json").stdout)
+    assert [(r["run_id"], r["status"], r["num_prompts"]) for r in listed] == [("r", "complete", 3)]
+    layers = Store(store).query("SELECT DISTINCT layer FROM usage ORDER BY 1")["layer"].tolist()
+    assert layers == [0, 2]
+    verified = moescope("store", "verify", "--store", store)
+    assert verified.returncode == 0 and "adds up" in verified.stdout
+
+
+def test_doctor_says_how_a_model_routes(model_folder: Path) -> None:
+    done = moescope("doctor", model_folder, "--json")
+    report = json.loads(done.stdout)
+    assert report["family"] == "qwen3_moe"
+    assert [layer["verified"] for layer in report["layers"]] == [True] * 3
+    shown = moescope("doctor", model_folder).stdout
+    assert "verified on every layer" in shown and "softmax over 8, top-2, renormalized" in shown
+
+
+def start_trace(words: list[str | Path]) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [MOESCOPE, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=environment,
+    )  # fmt: skip
+
+
+def snapshot(store: Path) -> dict[str, list[tuple[Any, ...]]]:
+    """Every row of every table but timestamps, and what names the ingested files."""
+    opened = Store(store)
+    tables = ("layers", "prompts", "tokens", "routing", "usage_arrays", "ingested_shards")
+    rows = {
+        table: [
+            tuple(row.values())
+            for row in opened.arrow(f"SELECT * FROM {table} ORDER BY ALL").to_pylist()
+        ]
+        for table in tables
+    }
+    rows["runs"] = [
+        tuple(row.values())
+        for row in opened.arrow(
+            "SELECT * EXCLUDE (created_at, finished_at) FROM runs ORDER BY ALL"
+        ).to_pylist()
+    ]
+    return rows
+
+
+def test_a_killed_run_resumes_to_the_same_tables(model_folder: Path, tmp_path: Path) -> None:
+    prompts = questions(tmp_path, 120)
+
+    def command(store: Path) -> list[str | Path]:
+        return ["trace", model_folder, "--prompts", prompts, "--store", store, "--run", "night",
+                "--generate", "4", "--tokens-per-batch", "150"]  # fmt: skip
+
+    whole, killed = tmp_path / "whole.duckdb", tmp_path / "killed.duckdb"
+    assert moescope(*command(whole)).returncode == 0
+    expected = snapshot(whole)
+    assert len(expected["ingested_shards"]) > 30
+
+    kills = 0
+    for wanted in (3, 12, 25):
+        process = start_trace(command(killed))
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if num_shards(killed) >= wanted:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills == 3
+    listed = Store(killed).run("night") if killed.exists() else None
+    assert listed is None or listed.status == "running"
+
+    resumed = moescope(*command(killed))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "of them earlier" in resumed.stderr
+    assert snapshot(killed) == expected
+    assert not killed.with_name("killed.duckdb.shards").exists()
+
+
+def num_shards(store: Path) -> int:
+    """Whole shards, on disk and in the store, without disturbing either."""
+    folder = run_folder(store, "night").path
+    on_disk = {path.name for path in folder.glob("shard-*")}
+    if not store.exists():
+        return len(on_disk)
+    try:
+        ids = Store(store).query("SELECT shard_id FROM ingested_shards")["shard_id"]
+    except Exception:
+        return len(on_disk)
+    return len(on_disk | set(ids))
+
+
+def test_resuming_with_other_arguments_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    prompts, store = questions(tmp_path, 3), tmp_path / "s.duckdb"
+    words = ["trace", model_folder, "--prompts", prompts, "--store", store, "--run", "r"]
+    assert moescope(*words).returncode == 0
+    before = snapshot(store)
+    again = moescope(*words, "--generate", "2")
+    assert again.returncode == 2
+    assert "max_new_tokens: 0 -> 2" in again.stderr
+    assert snapshot(store) == before
+
+
+def bad_inputs(folder: Path, model: Path) -> dict[str, tuple[list[str | Path], str]]:
+    """Name -> the command, and what its one sentence must say."""
+    good = questions(folder, 2)
+    bad = folder / "bad.jsonl"
+    bad.write_text('{"prompt": "fine"}\n{"prompt": 3}\n')
+    text = folder / "text.duckdb"
+    text.write_text("this is not a database")
+    foreign = folder / "foreign.duckdb"
+    duckdb.connect(str(foreign)).execute("CREATE TABLE t (x INTEGER)").close()
+    newer = folder / "newer.duckdb"
+    with duckdb.connect(str(newer)) as con:
+        con.execute("CREATE TABLE moescope_schema (version INTEGER)")
+        con.execute("INSERT INTO moescope_schema VALUES (999)")
+    dense = folder / "dense"
+    dense.mkdir()
+    (dense / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    out = folder / "out.duckdb"
+    tail: list[str | Path] = ["--store", out, "--run", "r"]
+    return {
+        "unknown model": (["trace", "nosuch", "--prompts", good, *tail], "there is no model 'nosuch'"),
+        "folder without a model": (["trace", folder, "--prompts", good, *tail], "without a config.json"),
+        "dense model": (["trace", dense, "--prompts", good, *tail], "dense model without routers"),
+        "missing prompts": (["trace", model, "--prompts", folder / "gone.jsonl", *tail], "does not exist"),
+        "bad line": (["trace", model, "--prompts", bad, *tail], "bad.jsonl, line 2, field 'prompt'"),
+        "not a store": (["trace", model, "--prompts", good, "--store", text, "--run", "r"], "text.duckdb"),
+        "foreign database": (["runs", "--store", foreign], "not a moescope store"),
+        "newer store": (["runs", "--store", newer], "schema version 999"),
+        "newer store, writing": (
+            ["trace", model, "--prompts", good, "--store", newer, "--run", "r"], "schema version 999",
+        ),
+        "missing store": (["runs", "--store", folder / "none.duckdb"], "none.duckdb"),
+        "unknown device": (["trace", model, "--prompts", good, *tail, "--device", "warp"], "'warp'"),
+        "unknown layer": (["trace", model, "--prompts", good, *tail, "--layers", "7"], "no router"),
+        "unknown analysis": (["analyze", "magic", "--store", foreign], "magic"),
+        "unknown option": (["trace", model, "--colour", "red"], "--colour"),
+        "missing plan": (["generate", model, "--prompt", "x", "--plan", folder / "p.json"], "p.json"),
+    }  # fmt: skip
+
+
+def test_bad_input_is_one_sentence_and_nothing_is_written(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    cases = bad_inputs(tmp_path, model_folder)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name, (words, sentence) in cases.items():
+        done = moescope(*words)
+        assert done.returncode == 2, f"{name}: {done.returncode} {done.stderr}"
+        assert sentence in done.stderr, f"{name}: {done.stderr}"
+        assert "Traceback" not in done.stderr, name
+        lines = [line for line in done.stderr.splitlines() if line.startswith("moescope: ")]
+        assert len(lines) == 1 or "Usage" in done.stderr, f"{name}: {done.stderr}"
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
