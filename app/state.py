@@ -149,6 +149,12 @@ def field_values(run: ShownRun, name: str) -> pd.Series[str]:
     return _fields(str(run.store), run.run_id, run.stamp, (name,))[name]
 
 
+def prompt_counts(run: ShownRun, name: str) -> dict[str, int]:
+    """How many prompts hold each value of a field, most first."""
+    counts = field_values(run, name).value_counts()
+    return {str(value): int(number) for value, number in counts.items()}
+
+
 def comparable_fields(run: ShownRun) -> dict[str, list[str]]:
     """The prompt fields that split a run into between 2 and 60 groups, each with its values."""
     return _comparable(str(run.store), run.run_id, run.stamp)

@@ -56,12 +56,17 @@ _BY_TAG: Final[dict[str, str]] = {
     "thai": "THAI",
 }
 
-#: Three-letter codes (ISO 639-2 and 639-3) whose first two letters are not the short code.
+#: Three-letter codes (ISO 639-2 and 639-3) of the languages above.
 _SHORT: Final[dict[str, str]] = {
-    "arb": "ar", "ces": "cs", "chi": "zh", "cmn": "zh", "cze": "cs", "deu": "de", "dut": "nl",
-    "ell": "el", "fas": "fa", "ger": "de", "gre": "el", "ind": "id", "jpn": "ja", "mar": "mr",
-    "nld": "nl", "pes": "fa", "pol": "pl", "por": "pt", "ron": "ro", "spa": "es", "swe": "sv",
-    "swh": "sw", "tur": "tr", "ukr": "uk", "zho": "zh",
+    "amh": "am", "ara": "ar", "arb": "ar", "bel": "be", "ben": "bn", "bul": "bg", "ces": "cs",
+    "chi": "zh", "cmn": "zh", "cze": "cs", "dan": "da", "deu": "de", "dut": "nl", "ell": "el",
+    "eng": "en", "est": "et", "fas": "fa", "fin": "fi", "fra": "fr", "fre": "fr", "ger": "de",
+    "gre": "el", "heb": "he", "hin": "hi", "hrv": "hr", "hun": "hu", "hye": "hy", "ind": "id",
+    "ita": "it", "jpn": "ja", "kat": "ka", "kaz": "kk", "kor": "ko", "lit": "lt", "lvs": "lv",
+    "mar": "mr", "mkd": "mk", "msa": "ms", "nld": "nl", "nob": "nb", "npi": "ne", "per": "fa",
+    "pes": "fa", "pol": "pl", "por": "pt", "ron": "ro", "rus": "ru", "slk": "sk", "slv": "sl",
+    "spa": "es", "srp": "sr", "swe": "sv", "swh": "sw", "tam": "ta", "tel": "te", "tha": "th",
+    "tgl": "tl", "tur": "tr", "ukr": "uk", "urd": "ur", "uzn": "uz", "vie": "vi", "zho": "zh",
 }  # fmt: skip
 
 
@@ -72,6 +77,4 @@ def scripts_of_language(lang: str) -> frozenset[str]:
         if part in _BY_TAG:
             return frozenset(_BY_TAG[part].split())
     code = _SHORT.get(parts[0], parts[0])
-    if len(code) == 3:
-        code = code[:2]
     return frozenset(_BY_LANGUAGE.get(code, "").split())

@@ -55,7 +55,7 @@ _TURN = re.compile(
     r"|mais|cependant|toutefois|néanmoins|pero|sin embargo|no obstante|ma|però|tuttavia|mas"
     r"|porém|contudo|no entanto|maar|echter|toch|но|однако|впрочем|але|проте|ale|jednak|jednakże"
     r"|avšak|men|dock|αλλά|όμως|ωστόσο|ama|ancak|fakat|yine de|tetapi|tapi|namun|nhưng|tuy nhiên"
-    r"|لكن|ولكن|ومع ذلك)\b|但是|但|不过|不過|然而|可是|しかし|ですが|けれど|ただし|ただ、|하지만"
+    r"|لكن|ولكن|ومع ذلك)\b|但是|但|不过|不過|然而|可是|しかし|(?:ん|す)が、|けれど|ただし|ただ、|하지만"
     r"|그러나|그렇지만|लेकिन|परंतु|किंतु",
     re.IGNORECASE,
 )

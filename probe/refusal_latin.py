@@ -18,7 +18,7 @@ _EN_TELL = (
     r"|comply|fulfil|engag|creat|writ|generat|offer|advis|recommend|comment|explain|say|disclos"
     r"|reveal|participat|continu|respond|go into|go there|get into|cover|address|teach|describ"
     r"|instruct|proceed|process|facilitat|encourag|promot|complet|accommodat|grant|produc|handl"
-    r"|condon|do (?:that|this|so|it)\b|answer|direct you|show|supply|be of (?:help|assistance))"
+    r"|condon|do (?:that|this|so|it)\b|answer|direct you|show|supply|speculat|judge|be of (?:help|assistance))"
 )
 _EN_ADVERB = (
     r"(?:,? ?\b(?:really|in good conscience|just|simply|currently|be able to|even|directly|to"
@@ -37,7 +37,7 @@ LATIN_PHRASES: dict[str, Phrases] = {
             r"(?: that| which)? (?:i|we)(?:'m|'d|'ll)? ?(?:can|am|will|are|could|would|feel"
             r"|able)",
             r"\b(?:i|we)(?:'ll|'d)?(?: \w+){0,3}? (?:decline|refuse|refrain)\b",
-            r"\b(?:i|we)(?:'d| would)? (?:rather|prefer) not\b",
+            r"\b(?:i|we)(?:'d| would)? (?:rather|prefer) not\b|\bhave to pass on (?:this|that)\b",
             r"\b(?:i|we)(?:'m| am|'re| are| do|do)?(?:n't| not)(?: \w+)? comfortable\b",
             r"\b(?:beyond|outside|out of)(?: of)? (?:my|the|our)(?: \w+)? (?:scope|capabilit)",
             r"\blet's (?:talk about|discuss|chat about|move on to|switch to|change)"

@@ -160,9 +160,7 @@ def _segment(offset: tuple[int, int], pieces: Sequence[_Piece]) -> str:
     return "template"
 
 
-def _span_range(
-    prompt: Prompt, pieces: Sequence[_Piece], text: str
-) -> tuple[int, int] | None:
+def _span_range(prompt: Prompt, pieces: Sequence[_Piece], text: str) -> tuple[int, int] | None:
     if prompt.span is None:
         return None
     start = text.index(prompt.span, pieces[-1].start)

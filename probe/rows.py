@@ -320,5 +320,3 @@ def _usage_table(info: LayerInfo, layer: _RankedLayer, groups: _Groups) -> pa.Ta
 def _rows_of(values: Array, width: int) -> pa.Array:
     offsets = np.arange(0, len(values) + 1, width, dtype=np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
-
-

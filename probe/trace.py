@@ -1,5 +1,4 @@
-"""Recording a run: planned batches through the model, into shards, through the ingester, into the
-store.
+"""Recording a run: planned batches through the model, as shards, through the ingester, stored.
 
     bundle = load_model("demo")
     summary = trace_prompts(bundle, read_prompts(["refusal"]), "demo.duckdb", "base")

@@ -173,7 +173,7 @@ def show_table(table: AnalysisTable, *, out: Path | None, rows: int, as_json: bo
     if out is not None:
         write_table(table, out)
     if as_json:
-        console.emit(table_as_json(table))
+        console.print_json(table_as_json(table))
         return
     context = table.context
     console.emit(table.title)

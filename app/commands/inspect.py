@@ -1,6 +1,4 @@
-"""Looking at what is there: `doctor` (a model), `runs` and `store verify` (a store),
-`dashboard` (everything, in a browser).
-"""
+"""Looking at what is there: a model (`doctor`), a store (`runs`, `store verify`), a browser."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ COLUMNS = (
         unit="share of tokens",
         range="[-1, 1]",
         definition="Share of a's tokens that selected the expert minus share of b's, on "
-        f"{_RANKING}: what ranks the experts. Pooled over tokens, or the difference of means over units.",
+        f"{_RANKING}: what ranks the experts. Pooled over tokens, or the difference of the means "
+        "over units.",
         source=_STEERMOE,
     ),
     Column(

@@ -90,7 +90,9 @@ def _watching(sites: list[RouterSite]) -> Iterator[dict[str, _Seen]]:
                     entry.router = RouterOutput(*output)
 
             def on_experts(
-                _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+                _module: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
                 entry: _Seen = entry,
             ) -> None:
                 found = [*args, *kwargs.values()]
@@ -118,8 +120,9 @@ def _check_shapes(site: RouterSite, seen: _Seen, num_tokens: int) -> RouterOutpu
         )
     logits, weights, ids = seen.router
     expected = (num_tokens, site.info.num_experts), (num_tokens, site.info.top_k)
-    if tuple(logits.shape) != expected[0] or not tuple(weights.shape) == tuple(ids.shape) == (
-        expected[1]
+    if (
+        tuple(logits.shape) != expected[0]
+        or not tuple(weights.shape) == tuple(ids.shape) == (expected[1])
     ):
         raise RecordingError(
             f"{where}: the router returned shapes {tuple(logits.shape)}, {tuple(weights.shape)}, "
@@ -130,8 +133,10 @@ def _check_shapes(site: RouterSite, seen: _Seen, num_tokens: int) -> RouterOutpu
             f"{where}: the experts were called with other ids or weights than the router returned"
         )
     ordered = ids.sort(dim=-1).values
-    if (ordered[:, 1:] == ordered[:, :-1]).any() or ids.min() < 0 or (
-        ids.max() >= site.info.num_experts
+    if (
+        (ordered[:, 1:] == ordered[:, :-1]).any()
+        or ids.min() < 0
+        or (ids.max() >= site.info.num_experts)
     ):
         raise RecordingError(f"{where}: expert ids repeat within a token or are out of range")
     return seen.router

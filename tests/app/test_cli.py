@@ -14,6 +14,7 @@ from typing import Any
 
 import duckdb
 import pytest
+
 from moescope.probe.storage.runs import run_folder
 from moescope.probe.storage.store import Store
 
@@ -188,28 +189,35 @@ def bad_inputs(folder: Path, model: Path) -> dict[str, tuple[list[str | Path], s
         con.execute("INSERT INTO moescope_schema VALUES (999)")
     dense = folder / "dense"
     dense.mkdir()
-    (dense / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
-    out = folder / "out.duckdb"
-    tail: list[str | Path] = ["--store", out, "--run", "r"]
+    (dense / "config.json").write_text(
+        '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
+    )
+    tail: list[str | Path] = ["--store", folder / "out.duckdb", "--run", "r"]
+
+    def trace(model: str | Path, prompts: Path, *more: str | Path) -> list[str | Path]:
+        return ["trace", model, "--prompts", prompts, *(more or tail)]
+
+    gone = folder / "gone.jsonl"
     return {
-        "unknown model": (["trace", "nosuch", "--prompts", good, *tail], "there is no model 'nosuch'"),
-        "folder without a model": (["trace", folder, "--prompts", good, *tail], "without a config.json"),
-        "dense model": (["trace", dense, "--prompts", good, *tail], "dense model without routers"),
-        "missing prompts": (["trace", model, "--prompts", folder / "gone.jsonl", *tail], "does not exist"),
-        "bad line": (["trace", model, "--prompts", bad, *tail], "bad.jsonl, line 2, field 'prompt'"),
-        "not a store": (["trace", model, "--prompts", good, "--store", text, "--run", "r"], "text.duckdb"),
+        "unknown model": (trace("nosuch", good), "there is no model 'nosuch'"),
+        "folder without a model": (trace(folder, good), "without a config.json"),
+        "dense model": (trace(dense, good), "dense model without routers"),
+        "missing prompts": (trace(model, gone), "does not exist"),
+        "bad line": (trace(model, bad), "bad.jsonl, line 2, field 'prompt'"),
+        "not a store": (trace(model, good, "--store", text, "--run", "r"), "text.duckdb"),
         "foreign database": (["runs", "--store", foreign], "not a moescope store"),
         "newer store": (["runs", "--store", newer], "schema version 999"),
         "newer store, writing": (
-            ["trace", model, "--prompts", good, "--store", newer, "--run", "r"], "schema version 999",
+            trace(model, good, "--store", newer, "--run", "r"),
+            "schema version 999",
         ),
         "missing store": (["runs", "--store", folder / "none.duckdb"], "none.duckdb"),
-        "unknown device": (["trace", model, "--prompts", good, *tail, "--device", "warp"], "'warp'"),
-        "unknown layer": (["trace", model, "--prompts", good, *tail, "--layers", "7"], "no router"),
+        "unknown device": (trace(model, good, *tail, "--device", "warp"), "'warp'"),
+        "unknown layer": (trace(model, good, *tail, "--layers", "7"), "no router"),
         "unknown analysis": (["analyze", "magic", "--store", foreign], "magic"),
         "unknown option": (["trace", model, "--colour", "red"], "--colour"),
-        "missing plan": (["generate", model, "--prompt", "x", "--plan", folder / "p.json"], "p.json"),
-    }  # fmt: skip
+        "missing plan": (["generate", model, "--prompt", "x", "--plan", gone], "gone.jsonl"),
+    }
 
 
 def test_bad_input_is_one_sentence_and_nothing_is_written(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from moescope.kernels.route import Edits, RoutingRule, select, selection_scores
 
 LOGITS = torch.log(torch.tensor([[0.1, 0.2, 0.3, 0.4]]))
@@ -52,9 +53,7 @@ def test_minimum_mask_and_maximum_force_follow_steermoe() -> None:
     probabilities = torch.softmax(s, dim=-1)
     expected = probabilities.topk(3, dim=-1)
 
-    weights, ids = select(
-        logits, rule(False, 3, 8), Edits(force_max=forced, mask_min=masked)
-    )
+    weights, ids = select(logits, rule(False, 3, 8), Edits(force_max=forced, mask_min=masked))
 
     assert torch.equal(ids, expected.indices)
     torch.testing.assert_close(weights, expected.values)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from moescope.probe.errors import PromptFileError
 from moescope.probe.prompts import read_prompt_files, read_prompts
 
@@ -38,7 +39,7 @@ def test_all_fields_arrive(tmp_path: Path) -> None:
 def test_csv_and_parquet_say_the_same_as_jsonl(tmp_path: Path) -> None:
     import pandas as pd
 
-    rows = [{"id": "a", "prompt": "Say \"x\",\nplease", "lang": "en"}, {"id": "b", "prompt": "Ü"}]
+    rows = [{"id": "a", "prompt": 'Say "x",\nplease', "lang": "en"}, {"id": "b", "prompt": "Ü"}]
     jsonl = write(tmp_path / "set.jsonl", *rows)
     frame = pd.DataFrame(rows)
     frame.to_csv(tmp_path / "set.csv", index=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from moescope.probe import record
 from moescope.probe.errors import RecordingError
 from moescope.probe.routers.families import FAMILIES
@@ -74,7 +75,7 @@ def test_an_exception_inside_leaves_no_hook(tiny_model: Callable[..., Any]) -> N
 def test_a_layer_that_routes_nothing_stops_the_forward(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("olmoe")
     model.model.layers[1].mlp.forward = lambda hidden: hidden
-    with pytest.raises(RecordingError, match="layer 1 .* routed nothing"), record(model):
+    with pytest.raises(RecordingError, match=r"layer 1 .* routed nothing"), record(model):
         model(input_ids=INPUTS)
 
 

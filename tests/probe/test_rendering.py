@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from moescope.probe.errors import ModelInputError
 from moescope.probe.prompts import Prompt
 from moescope.probe.rendering import render_prompt

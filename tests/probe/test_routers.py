@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from moescope.probe.errors import ModelInputError, RecordingError
 from moescope.probe.routers import find_routers, require_moe_family, verify_routers
 from moescope.probe.routers.families import FAMILIES
@@ -76,7 +77,7 @@ def test_a_router_that_is_bypassed_stops_with_its_layer(tiny_model: Callable[...
         return hidden * 0.5
 
     block.forward = fused
-    with pytest.raises(RecordingError, match="layer 1 .*was not called"):
+    with pytest.raises(RecordingError, match=r"layer 1 .*was not called"):
         verify_routers(model, TOKENS)
 
 

@@ -12,12 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from moescope.probe import Store, read_prompts, trace_prompts
 from moescope.probe.errors import InputError, RunError
 from moescope.probe.storage.verify import verify_run
 from moescope.probe.trace import TraceOptions
 
-TEXTS = ["What?", "What happened in 1911 in Aldora?", "¿Qué?", "A much longer question, is it?", "x"]
+TEXTS = [
+    "What?",
+    "What happened in 1911 in Aldora?",
+    "¿Qué?",
+    "A much longer question, is it?",
+    "x",
+]
 
 
 def prompt_file(folder: Path) -> Path:
@@ -149,9 +156,12 @@ def test_prompts_and_tokens_carry_what_was_given(recorded: Any, tiny_bundle: Any
         assert group[group["in_span"]]["token"].str.len().sum() >= 1
         answer = group[group["phase"] == "generated"]
         assert answer["is_routed"].tolist() == [True] * (len(answer) - 1) + [False]
-        assert rows["response"].iloc[prompt] == tiny_bundle.tokenizer.decode(
-            answer["token_id"].tolist(), skip_special_tokens=True
-        ).strip()
+        assert (
+            rows["response"].iloc[prompt]
+            == tiny_bundle.tokenizer.decode(
+                answer["token_id"].tolist(), skip_special_tokens=True
+            ).strip()
+        )
 
 
 def test_answers_equal_those_of_plain_generate(recorded: Any, tiny_bundle: Any) -> None:

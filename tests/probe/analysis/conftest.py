@@ -1,0 +1,166 @@
+"""Stores written for a test: every token with its slots given by hand or drawn at random."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from moescope.probe.storage.locks import insert_rows, writing
+from moescope.probe.storage.store import Store
+
+Slots = Mapping[int, Sequence[tuple[int, float]]]  # layer -> (expert, weight), any order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token:
+    """One routed token; `scores` are its router scores by layer, else its weights stand in."""
+
+    slots: Slots
+    phase: str = "prompt"
+    segment: str = "user"
+    is_special: bool = False
+    in_span: bool = False
+    scores: Mapping[int, Sequence[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One prompt with its tokens; `fields` are columns of prompts, `meta` included."""
+
+    tokens: Sequence[Token]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    layer: int
+    num_experts: int
+    top_k: int
+    kind: str = "mlp"
+
+
+def write_run(
+    path: Path,
+    shapes: Sequence[Shape],
+    items: Sequence[Item],
+    *,
+    run_id: str = "run",
+    record_level: str = "topk",
+    status: str = "complete",
+) -> Store:
+    """Write one run; usage is summed here token by token, independently of the product."""
+    prompts, tokens, routing = [], [], []
+    usage: dict[tuple[Any, ...], dict[str, np.ndarray[Any, Any]]] = {}
+    passed: dict[tuple[Any, ...], int] = defaultdict(int)
+    for prompt_id, item in enumerate(items):
+        num_prompt = sum(token.phase == "prompt" for token in item.tokens)
+        fields = dict(item.fields)
+        meta = fields.pop("meta", None)
+        prompts.append(
+            {"prompt_id": prompt_id, "text": f"text {prompt_id}", "rendered_text": "", "key": None,
+             "set_name": "set", "label": None, "lang": None, "domain": None, "pair_id": None,
+             "outcome": None, "num_tokens": num_prompt,
+             "num_generated": len(item.tokens) - num_prompt,
+             "meta": None if meta is None else json.dumps(meta)} | fields
+        )  # fmt: skip
+        for position, token in enumerate(item.tokens):
+            tokens.append(
+                {"prompt_id": prompt_id, "position": position, "token_id": position,
+                 "token": f"t{position}", "phase": token.phase, "segment": token.segment,
+                 "is_special": token.is_special, "in_span": token.in_span, "is_routed": True}
+            )  # fmt: skip
+            for shape in shapes:
+                slots = token.slots[shape.layer]
+                ordered = sorted(slots, key=lambda slot: (-slot[1], slot[0]))
+                for rank, (expert, weight) in enumerate(ordered):
+                    routing.append(
+                        {"prompt_id": prompt_id, "position": position, "layer": shape.layer,
+                         "kind": shape.kind, "rank": rank, "expert": expert, "weight": weight}
+                    )  # fmt: skip
+                key = (prompt_id, token.phase, token.segment, token.is_special, shape.layer,
+                       shape.kind)  # fmt: skip
+                sums = usage.setdefault(
+                    key, {name: np.zeros(shape.num_experts) for name in
+                          ("num_tokens", "weight_sum", "prob_sum")}
+                )  # fmt: skip
+                passed[key] += 1
+                for expert, weight in slots:
+                    sums["num_tokens"][expert] += 1
+                    sums["weight_sum"][expert] += weight
+                if shape.layer in token.scores:
+                    sums["prob_sum"] += np.asarray(token.scores[shape.layer])
+                else:
+                    for expert, weight in slots:
+                        sums["prob_sum"][expert] += weight
+    names = ("prompt_id", "phase", "segment", "is_special", "layer", "kind")
+    arrays = [
+        dict(zip(names, key, strict=True)) | {"routed_tokens": passed[key]}
+        | {name: values.tolist() for name, values in sums.items()}
+        for key, sums in usage.items()
+    ]  # fmt: skip
+    layers = [
+        {"layer": shape.layer, "kind": shape.kind, "moe_layer": ordinal, "module": "router",
+         "num_experts": shape.num_experts, "top_k": shape.top_k, "num_shared_experts": 0}
+        for ordinal, shape in enumerate(shapes)
+    ]  # fmt: skip
+    tables = {"layers": layers, "prompts": prompts, "tokens": tokens, "usage_arrays": arrays}
+    if record_level == "topk":
+        tables["routing"] = routing
+    with writing(path) as con:
+        con.execute(
+            "INSERT INTO runs (run_id, model, revision, created_at, status, source, record_level, "
+            "num_prompts, manifest) VALUES (?, 'planted', 'r1', now(), ?, 'recorded', ?, ?, '{}')",
+            [run_id, status, record_level, len(prompts)],
+        )
+        for name, rows in tables.items():
+            insert_rows(con, name, pa.Table.from_pylist(rows), run_id=run_id)
+    return Store(path)
+
+
+def tokens_of(expert_lists: Sequence[Sequence[int]], **changes: Any) -> list[Token]:
+    """Tokens at layer 0 that use the given experts, all with equal weights that sum to 1."""
+    return [
+        Token(slots={0: [(expert, 1 / len(experts)) for expert in experts]}, **changes)
+        for experts in expert_lists
+    ]
+
+
+def random_item(
+    rng: np.random.Generator,
+    shapes: Sequence[Shape],
+    lengths: Mapping[tuple[str, str, bool], int],
+    **fields: Any,
+) -> Item:
+    """A prompt whose tokens select experts at random; `lengths` by (phase, segment, special)."""
+    tokens = []
+    for (phase, segment, is_special), length in lengths.items():
+        for _ in range(length):
+            slots, scores = {}, {}
+            for shape in shapes:
+                score = rng.dirichlet(np.full(shape.num_experts, 0.5))
+                chosen = np.argsort(-score)[: shape.top_k]
+                slots[shape.layer] = [(int(expert), float(score[expert])) for expert in chosen]
+                scores[shape.layer] = score.tolist()
+            tokens.append(
+                Token(slots=slots, scores=scores, phase=phase, segment=segment,
+                      is_special=is_special, in_span=bool(rng.random() < 0.3))
+            )  # fmt: skip
+    return Item(tokens=tokens, fields=fields)
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> Callable[..., Store]:
+    """Writes a run to a new store; see `write_run`."""
+
+    def make(shapes: Sequence[Shape], items: Sequence[Item], **changes: Any) -> Store:
+        return write_run(tmp_path / "store.duckdb", shapes, items, **changes)
+
+    return make
