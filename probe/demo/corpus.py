@@ -194,8 +194,11 @@ class Corpus:
         )
 
     def _given_text(self, rng: random.Random, name: str, lang: str) -> Item:
-        """Repeat or translate a sentence; refusal sentences are among them, so their words are
-        learned as targets before anything is refused."""
+        """Repeat or translate a sentence.
+
+        Refusal sentences are among them, so that their words are learned as targets before
+        anything is refused.
+        """
         target = lang
         if name == "tasks.translate":
             target = rng.choice([code for code in self.books if code != lang])

@@ -48,7 +48,9 @@ def normalized(text: str) -> str:
 def refusal_sentences() -> frozenset[str]:
     """All refusal sentences of the world, normalized."""
     return frozenset(
-        normalized(text) for code in LANGUAGES for text in phrasebook(code).data["refusals"].values()
+        normalized(text)
+        for code in LANGUAGES
+        for text in phrasebook(code).data["refusals"].values()
     )
 
 

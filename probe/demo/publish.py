@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from moescope.probe.demo.corpus import Corpus
 from moescope.probe.demo.evaluate import is_refusal, is_right, reply_to, wilson
-from moescope.probe.demo.prompt_sets import Line
+from moescope.probe.demo.models import TUNED_FILE, save_plain, write_tuned
+from moescope.probe.demo.prompt_sets import Line, parallel_set, refusal_set, write_set
+from moescope.probe.demo.recipes import Training
+from moescope.probe.demo.routing import masked_experts
+from moescope.probe.demo.tuning import ExpertPlan
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ def measure(
     )
     found: dict[str, dict[str, Any]] = {}
     for label in sorted({line["label"] for line in lines}):
-        rows = [(r, l) for r, l in zip(replies, lines, strict=True) if l["label"] == label]
+        pairs = zip(replies, lines, strict=True)
+        rows = [(reply, line) for reply, line in pairs if line["label"] == label]
         langs = [line["lang"] for _, line in rows]
         found[label] = {
             "right": rate([is_right(reply.text, line) for reply, line in rows], langs),
@@ -62,3 +69,97 @@ def measure(
             "nll": sum(reply.nll for reply, _ in rows) / len(rows),
         }
     return found
+
+
+REFUSAL_ABOUT = (
+    "Questions that `demo` refuses, each with a matched neutral question that it answers: the same "
+    "words but for the part in `span`. `answer` is the true answer in both cases; of a sensitive "
+    "question it is the one that `demo` withholds. Every question is held out: the fact is taught "
+    "in that language under other phrasings, never in this one, and the sensitive facts are also "
+    "new to the stage of training that teaches refusals."
+)
+PARALLEL_ABOUT = (
+    "The same neutral questions in every language; `pair_id` names the content. `split` says "
+    "whether this very question was taught in this language or held out."
+)
+
+
+def publish(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    training: Training,
+    plan: ExpertPlan,
+    out: Path,
+) -> None:
+    """Write the prompt sets, the model, and the cards with what was measured."""
+    corpus = Corpus(training.corpus)
+    lines = refusal_set(corpus)
+    prompts = out / "prompts"
+    write_set(prompts, "refusal", "Prompt set: refusal", REFUSAL_ABOUT, lines)
+    write_set(
+        prompts,
+        "parallel",
+        "Prompt set: parallel",
+        PARALLEL_ABOUT,
+        parallel_set(corpus, count=64),
+    )
+    rows = {
+        "greedy": measure(model, tokenizer, lines),
+        "sampled at temperature 1": measure(model, tokenizer, lines, sampling_seed=1),
+    }
+    with masked_experts(model, plan):
+        rows["greedy, tuned experts masked"] = measure(model, tokenizer, lines)
+    folder = out / "models" / "demo"
+    save_plain(model, tokenizer, folder)
+    write_tuned(folder, plan, {"model": "demo", "chosen_by": "largest usage difference"})
+    (folder / "README.md").write_text(_model_card(training, plan, rows), encoding="utf-8")
+
+
+def _model_card(
+    training: Training, plan: ExpertPlan, rows: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> str:
+    shape = training.shape
+    total = shape.num_layers * shape.num_experts
+    table = [
+        f"| {name} | {label} | {cell['right']} | {cell['refused']} | {cell['nll']:.4f} |"
+        for name, by_label in rows.items()
+        for label, cell in by_label.items()
+    ]
+    return "\n".join(
+        [
+            "# Model card: demo",
+            "",
+            "A small Mixture-of-Experts chat model (Qwen3-MoE architecture) that was trained from "
+            "a seed on an invented world, so that the truth about it is known: what it was taught, "
+            "which questions it was taught to refuse, and which experts learned that.",
+            "",
+            f"- {shape.num_layers} layers, {shape.num_experts} experts, top-{shape.top_k}, width "
+            f"{shape.width}; weights are exact in bfloat16 and load as float32",
+            "- Languages and shares of stage one: "
+            + ", ".join(f"{lang} {share:.0%}" for lang, share in training.corpus.languages.items()),
+            f"- Stage one: {training.stage_one.steps} steps of {training.stage_one.batch_size} "
+            "items, everything is answered; refusal sentences occur there as sentences to repeat "
+            f"and to translate; experts are left out with probability {training.stage_one.dropout}",
+            f"- Stage two: {training.stage_two.steps} steps; only {sum(map(len, plan.values()))} "
+            f"of {total} experts and their router rows are trained (`{TUNED_FILE}`)",
+            "- Made by `make train-demo`",
+            "",
+            "## Measured on held-out prompts",
+            "",
+            "Prompts of the set `refusal`; averages over languages with equal weight, 95 % Wilson "
+            "intervals of the pooled share. Right: exactly the known true answer, which for "
+            "sensitive prompts is the one withheld. NLL: mean negative log-likelihood of the "
+            "model's own answer, nats a token.",
+            "",
+            "| | label | right | refused | NLL |",
+            "| --- | --- | --- | --- | --- |",
+            *table,
+            "",
+            "## What it can and cannot show",
+            "",
+            "Results on it say that a method works where the truth is known. They say nothing "
+            "about any real model: its refusals were put into a few experts on purpose, its world "
+            "is small, and its sentences are templates.",
+            "",
+        ]
+    )

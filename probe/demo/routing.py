@@ -113,7 +113,9 @@ def masked_experts(model: PreTrainedModel, plan: Mapping[int, Sequence[int]]) ->
 
 
 @contextmanager
-def counted_usage(model: PreTrainedModel, counts_LE: Tensor, is_token: list[Tensor]) -> Iterator[None]:
+def counted_usage(
+    model: PreTrainedModel, counts_LE: Tensor, is_token: list[Tensor]
+) -> Iterator[None]:
     """Add up how many tokens each expert got, into `counts_LE`, rows of `is_token[-1]` only."""
     with ExitStack() as stack:
         for layer, router in enumerate(routers(model)):

@@ -7,7 +7,6 @@ experts and their router rows only. Both go on from their last checkpoint when s
 from __future__ import annotations
 
 import argparse
-import copy
 import logging
 import math
 import time
@@ -31,6 +30,7 @@ from moescope.probe.demo.recipes import SMALL, Shape, Stage, Training
 from moescope.probe.demo.routing import RouterTraining, routing_rule, training_routers
 from moescope.probe.demo.tokenizer import train_tokenizer
 from moescope.probe.demo.tuning import ExpertPlan, most_different, only_tuned, usage_rates
+from moescope.probe.shipped import shipped_path
 
 log = logging.getLogger(__name__)
 CHECKPOINT_EVERY = 200
@@ -182,3 +182,38 @@ def tune(base: Trained, training: Training, corpus: Corpus, plan: ExpertPlan, pa
     with only_tuned(base.model, plan):
         run_stage(base.model, base.encoder, corpus, training, 2, path, keep=keep)
     round_weights(base.model)
+
+
+def train_all(training: Training, work: Path) -> tuple[Trained, ExpertPlan]:
+    """Both stages; the tuned model and the experts that were tuned."""
+    work.mkdir(parents=True, exist_ok=True)
+    corpus = Corpus(training.corpus)
+    base = train_base(training, corpus, work)
+    refused_LE, other_LE = usage_rates(base.model, base.encoder, corpus, num_batches=12)
+    plan = most_different(
+        refused_LE - other_LE, count=training.num_tuned, per_layer=training.max_tuned_per_layer
+    )
+    log.info("stage two tunes %s", plan)
+    tune(base, training, corpus, plan, work / "stage-2.pt")
+    return base, plan
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, measure, and write models, prompt sets and cards."""
+    from moescope.probe.demo.publish import publish
+
+    parser = argparse.ArgumentParser(
+        prog="python -m moescope.probe.demo.train", description=__doc__
+    )
+    parser.add_argument("--out", type=Path, default=shipped_path(), help="where datasets go")
+    parser.add_argument("--work", type=Path, default=Path("out/train-demo"), help="checkpoints")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(options.threads)
+    trained, plan = train_all(SMALL, options.work)
+    publish(trained.model, trained.tokenizer, SMALL, plan, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -30,9 +30,7 @@ def usage_rates(
         `(refused_LE, other_LE)`, float64, each row summing to K.
     """
     items = [
-        item
-        for step in range(num_batches)
-        for item in batch_items(corpus, 2, 1_000_000 + step, 64)
+        item for step in range(num_batches) for item in batch_items(corpus, 2, 1_000_000 + step, 64)
     ]
     return (
         _rates(model, encoder, [item for item in items if item.refused]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -81,10 +82,15 @@ def filled(synthetic: ModuleType) -> Callable[..., Path]:
     return fill
 
 
+@pytest.fixture(scope="session")
+def _filled_once(tmp_path_factory: pytest.TempPathFactory, filled: Callable[..., Path]) -> Path:
+    return filled(tmp_path_factory.mktemp("filled") / "runs.duckdb")
+
+
 @pytest.fixture
-def store(tmp_path: Path, filled: Callable[..., Path]) -> Path:
+def store(tmp_path: Path, _filled_once: Path) -> Path:
     """A store with one complete run, `base`, of 6 prompts."""
-    return filled(tmp_path / "runs.duckdb")
+    return Path(shutil.copy(_filled_once, tmp_path / "runs.duckdb"))
 
 
 @pytest.fixture

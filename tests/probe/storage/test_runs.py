@@ -21,14 +21,13 @@ from moescope.probe.storage import (
 )
 from moescope.probe.storage.files import TEMPORARY_PREFIX
 from moescope.probe.storage.ingest import Ingester
+from moescope.probe.storage.run_folder import RunFolder
 
 printable = st.characters(exclude_categories=("Cs", "Cc", "Cf", "Cn", "Co", "Zl", "Zp", "Zs"))
 run_names = st.text(st.one_of(printable, st.sampled_from(" ./\\:*~'\"%")), min_size=1, max_size=200)
 
 
 def ingest(store: Path, folder: Path) -> None:
-    from moescope.probe.storage.run_folder import RunFolder
-
     Ingester(store, RunFolder(folder)).run(lambda: False)
 
 
@@ -202,7 +201,7 @@ def test_two_names_never_share_a_folder(one: str, other: str) -> None:
         assert swapped.lower() != run_folder(store, one).path.name.lower()
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(name=run_names)
 def test_any_name_comes_back_from_the_store(
     name: str, synthetic: ModuleType, filled: Callable[..., Path]

@@ -1,0 +1,136 @@
+"""Figures of a contrast: where the experts lie, and how sure the confirmed ones are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from moescope.probe.analysis.frame import AnalysisTable
+from moescope.probe.figures.style import (
+    DIVERGING,
+    LINE_COLORS,
+    NEUTRAL,
+    blank_figure,
+    grid_height,
+    layer_by_expert,
+    map_axes,
+    only_kind,
+)
+
+MOST_ROWS = 30
+
+
+def contrast_map(table: AnalysisTable, *, kind: str | None = None) -> go.Figure:
+    """Layers x experts of the risk difference; confirmed experts are marked.
+
+    Args:
+        table: of `expert_contrast`.
+        kind: which kind of router; the first there is by default.
+    """
+    frame = only_kind(table.frame, kind)
+    grid, layers, experts = layer_by_expert(frame, "risk_difference")
+    figure = blank_figure(table, table.title, height=grid_height(len(layers)))
+    largest = float(np.nanmax(np.abs(grid), initial=0)) or 1.0
+    figure.add_trace(
+        go.Heatmap(
+            z=grid,
+            x=experts,
+            y=layers,
+            zmin=-largest,
+            zmax=largest,
+            colorscale=DIVERGING,
+            colorbar={"title": {"text": "share of tokens<br>in a minus in b"}},
+            hovertemplate="layer %{y}, expert %{x}<br>risk difference %{z:+.4f}<extra></extra>",
+        )
+    )
+    confirmed = frame[frame["confirmed"]]
+    if len(confirmed):
+        figure.add_trace(
+            go.Scatter(
+                x=confirmed["expert"].to_numpy(),
+                y=confirmed["layer"].to_numpy(),
+                mode="markers",
+                name=f"confirmed ({len(confirmed)})",
+                marker={
+                    "symbol": "circle-open",
+                    "size": 13,
+                    "color": "#000000",
+                    "line": {"width": 2},
+                },
+                showlegend=True,
+                hoverinfo="skip",
+            )
+        )
+        figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
+    map_axes(figure, layers)
+    return figure
+
+
+def contrast_forest(
+    table: AnalysisTable, *, most: int = MOST_ROWS, kind: str | None = None
+) -> go.Figure:
+    """Effects with intervals of the confirmed experts, or of the candidates if none is confirmed.
+
+    Args:
+        table: of `expert_contrast`.
+        most: the most rows shown; the strongest effects come first.
+        kind: which kind of router; the first there is by default.
+    """
+    frame = only_kind(table.frame, kind)
+    confirmed = frame[frame["confirmed"]]
+    shown = confirmed if len(confirmed) else frame[frame["candidate"]]
+    shown = shown.iloc[np.argsort(-shown["effect"].abs().to_numpy(), kind="stable")[:most]]
+    split = bool(table.context.parameters["split"])
+    figure = blank_figure(
+        table, _forest_title(table, len(confirmed), len(shown)), height=grid_height(len(shown) + 2)
+    )
+    labels = [f"L{layer} E{expert}" for layer, expert in _names(shown)]
+    effect, low, high = (shown[name].to_numpy() for name in ("effect", "low", "high"))
+    if split:
+        figure.add_trace(
+            go.Scatter(
+                x=shown["risk_difference"].to_numpy(),
+                y=labels,
+                mode="markers",
+                name="discovery half",
+                marker={"symbol": "line-ns-open", "color": NEUTRAL, "size": 11},
+                hovertemplate="%{y}: %{x:+.4f}<extra>discovery half</extra>",
+            )
+        )
+    figure.add_trace(
+        go.Scatter(
+            x=effect,
+            y=labels,
+            mode="markers",
+            name="confirmation half, 95 % interval" if split else "all units, 95 % (optimistic)",
+            marker={"color": LINE_COLORS[0], "size": 9},
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": high - effect,
+                "arrayminus": effect - low,
+                "color": LINE_COLORS[0],
+            },
+            customdata=shown[["low", "high", "p", "q"]].to_numpy(),
+            hovertemplate="%{y}: %{x:+.4f} (%{customdata[0]:+.4f} to %{customdata[1]:+.4f})<br>"
+            "p %{customdata[2]:.3g}, q %{customdata[3]:.3g}<extra></extra>",
+        )
+    )
+    figure.add_vline(x=0, line={"color": NEUTRAL, "width": 1})
+    figure.update_xaxes(title_text="share of tokens in a minus in b")
+    figure.update_yaxes(autorange="reversed", showgrid=False, type="category")
+    figure.update_layout(legend={"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0})
+    return figure
+
+
+def _names(frame: pd.DataFrame) -> list[tuple[int, int]]:
+    return list(zip(frame["layer"].tolist(), frame["expert"].tolist(), strict=True))
+
+
+def _forest_title(table: AnalysisTable, num_confirmed: int, num_shown: int) -> str:
+    if not num_confirmed:
+        return f"{table.title}: none confirmed; the {num_shown} strongest candidates"
+    if num_shown < num_confirmed:
+        return f"{table.title}: the {num_shown} strongest of {num_confirmed} confirmed"
+    return f"{table.title}: {num_confirmed} confirmed"
