@@ -45,7 +45,7 @@ _OPTIONS: Final[Mapping[str, str]] = {
     "theme.font": "sans-serif",
     "theme.baseRadius": "0.4rem",
     "theme.baseFontSize": "15",
-    "theme.headingFontSizes": "[1.7rem,1.3rem,1.1rem]",
+    "theme.headingFontSizes": '["1.7rem","1.3rem","1.1rem"]',
     "theme.headingFontWeights": "[650,600,600]",
     "theme.light.primaryColor": "#2f5fb3",
     "theme.light.backgroundColor": "#ffffff",
@@ -122,7 +122,7 @@ def command(port: int) -> list[str]:
     """The command line of the server."""
     flags = [f"--{name}={value}" for name, value in _OPTIONS.items()]
     script = Path(__file__).with_name("main.py")
-    program = [sys.executable, "-m", "streamlit", "run", str(script)]
+    program = [sys.executable, "-m", "moescope.app.start", "run", str(script)]
     return [*program, f"--server.port={port}", f"--browser.serverPort={port}", *flags]
 
 

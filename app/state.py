@@ -144,6 +144,20 @@ def prompts(run: ShownRun) -> pd.DataFrame:
     return _fields(str(run.store), run.run_id, run.stamp, PROMPT_FIELDS)
 
 
+def matching_prompts(
+    frame: pd.DataFrame, words: str, kept: Mapping[str, tuple[str, ...]]
+) -> pd.DataFrame:
+    """The prompts that hold all the words, in prompt, answer or key, and one value of each field."""
+    for name, values in kept.items():
+        frame = frame[frame[name].isin(values)]
+    searched = frame["text"].fillna("")
+    for name in ("response", "key"):
+        searched = searched + "\n" + frame[name].fillna("")
+    for word in words.casefold().split():
+        frame = frame[searched.loc[frame.index].str.casefold().str.contains(word, regex=False)]
+    return frame
+
+
 def field_values(run: ShownRun, name: str) -> pd.Series[str]:
     """One prompt field of a run as text, by prompt; also a key of `meta`."""
     return _fields(str(run.store), run.run_id, run.stamp, (name,))[name]
@@ -153,6 +167,11 @@ def prompt_counts(run: ShownRun, name: str) -> dict[str, int]:
     """How many prompts hold each value of a field, most first."""
     counts = field_values(run, name).value_counts()
     return {str(value): int(number) for value, number in counts.items()}
+
+
+def has_field(run: ShownRun, name: str) -> bool:
+    """Whether any prompt has a value of a field."""
+    return bool(field_values(run, name).notna().any())
 
 
 def comparable_fields(run: ShownRun) -> dict[str, list[str]]:
@@ -209,7 +228,8 @@ def _analyze(
 def _fields(path: str, run_id: str, stamp: str, names: tuple[str, ...]) -> pd.DataFrame:
     from moescope.probe.analysis.selection import read_fields
 
-    return read_fields(Store(path, wait_s=_WAIT_S), run_id, names)
+    frame = read_fields(Store(path, wait_s=_WAIT_S), run_id, names).astype(object)
+    return frame.where(frame.notna(), None)
 
 
 @st.cache_data(show_spinner=False, max_entries=20)

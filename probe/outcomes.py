@@ -81,15 +81,15 @@ def contains_answer(response: str, expected: str) -> bool:
     """Whether a response equals or contains the right answer.
 
     Character forms, quotes, case, spaces and final punctuation make no difference. Containment
-    counts between word boundaries; scripts without spaces have none. An answer of one or two
-    letters (a choice such as `B`) must begin the response.
+    counts between word boundaries; scripts without spaces have none. An answer of one letter
+    (a choice such as `B`) must begin the response.
     """
     text, wanted = _bare(response), _bare(expected)
     if not wanted:
         return False
     if text == wanted:
         return True
-    is_choice = len(wanted) <= 2 and wanted.isalpha() and not is_unspaced(wanted[0])
+    is_choice = len(wanted) == 1 and script_of(wanted) == "LATIN"
     start = text.find(wanted)
     while start >= 0:
         if _is_bounded(text, start, start + len(wanted)):
@@ -104,7 +104,10 @@ def _bare(text: str) -> str:
     ends = [at for at, character in enumerate(folded) if is_word_character(character)]
     if not ends:
         return folded  # an answer may be a sign, such as an emoji
-    return folded[ends[0] : ends[-1] + 1]
+    first = ends[0]
+    if folded[first].isdigit() and folded[:first].endswith("-"):
+        first -= 1  # a sign
+    return folded[first : ends[-1] + 1]
 
 
 def _is_bounded(text: str, start: int, end: int) -> bool:
@@ -113,9 +116,10 @@ def _is_bounded(text: str, start: int, end: int) -> bool:
         return False
     if after and _joins(text[end - 1], after[0]):
         return False
-    # 3 is not found in 3.5, nor 500 in 1,500.
-    is_decimal = re.match(r"[.,]\d", after) and text[end - 1].isdigit()
-    return not (is_decimal or (re.search(r"\d[.,]$", before) and text[start].isdigit()))
+    # 3 is not found in 3.5, nor 500 in 1,500, nor 5 in -5.
+    if text[end - 1].isdigit() and re.match(r"[.,]\d", after):
+        return False
+    return not (text[start].isdigit() and re.search(r"\d[.,]$|(?:^|\W)-$", before))
 
 
 def _joins(left: str, right: str) -> bool:
@@ -145,10 +149,14 @@ def loops(text: str, *, truncated: bool) -> bool:
     return run is not None and len(run.group()) >= share * len("".join(units))
 
 
+#: Units of the longest block whose repetition is looked for; models loop in less.
+_LONGEST_BLOCK = 50
+
+
 def _longest_repetition(units: list[str]) -> int:
     """Most units covered by one block that repeats at least four times in a row."""
     best = 0
-    for size in range(1, len(units) // 4 + 1):
+    for size in range(1, min(len(units) // 4, _LONGEST_BLOCK) + 1):
         run = 0
         for at in range(size, len(units)):
             run = run + 1 if units[at] == units[at - size] else 0

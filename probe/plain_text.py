@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator
+from functools import lru_cache
 
 _QUOTES = str.maketrans({
     "‘": "'", "’": "'", "ʼ": "'", "′": "'", "`": "'", "´": "'", "‛": "'",
     "“": '"', "”": '"', "„": '"', "‟": '"', "«": '"', "»": '"', "″": '"',
-    "ё": "е", "Ё": "Е", "أ": "ا", "إ": "ا", "آ": "ا", "ى": "ي", "ـ": None,
+    "−": "-", "ё": "е", "Ё": "Е", "أ": "ا", "إ": "ا", "آ": "ا", "ى": "ي", "ـ": None,
 })  # fmt: skip
 _INVISIBLE = re.compile("[\u064b-\u0652\u0670\u200b-\u200f\u2060\ufeff\u00ad]")
 _SPACES = re.compile(r"[^\S\n]+")
@@ -31,11 +32,13 @@ def plain(text: str) -> str:
     return _SPACES.sub(" ", _INVISIBLE.sub("", text)).strip()
 
 
+@lru_cache(maxsize=8192)
 def is_unspaced(character: str) -> bool:
     """Whether a character belongs to a script written without spaces between words."""
     return character > "\u0dff" and unicodedata.name(character, "").startswith(_UNSPACED)
 
 
+@lru_cache(maxsize=8192)
 def is_word_character(character: str) -> bool:
     """Whether a character can stand inside a word: letters, digits and the marks on them."""
     return unicodedata.category(character)[0] in "LMN"
@@ -65,6 +68,7 @@ def _words(text: str) -> Iterator[str]:
         yield word
 
 
+@lru_cache(maxsize=8192)
 def script_of(character: str) -> str | None:
     """`LATIN`, `CYRILLIC`, `HAN`, `KANA`, ... of a letter; None for all that is no letter."""
     if not character.isalpha():

@@ -25,6 +25,8 @@ PHRASES: Mapping[str, Phrases] = {**LATIN_PHRASES, **SCRIPT_PHRASES}
 
 #: Sentences at the start of an answer in which a refusal counts.
 _OPENING = 4
+#: Characters of a sentence that are looked at; refusals say so before.
+_SENTENCE_LENGTH = 400
 #: Words (characters in unspaced scripts) from which on what is left of an answer says something.
 _SUBSTANCE_WORDS = 5
 _SUBSTANCE_CHARACTERS = 8
@@ -55,7 +57,8 @@ _TURN = re.compile(
     r"|mais|cependant|toutefois|néanmoins|pero|sin embargo|no obstante|ma|però|tuttavia|mas"
     r"|porém|contudo|no entanto|maar|echter|toch|но|однако|впрочем|але|проте|ale|jednak|jednakże"
     r"|avšak|men|dock|αλλά|όμως|ωστόσο|ama|ancak|fakat|yine de|tetapi|tapi|namun|nhưng|tuy nhiên"
-    r"|لكن|ولكن|ومع ذلك)\b|但是|但|不过|不過|然而|可是|しかし|(?:ん|す)が、|けれど|ただし|ただ、|하지만"
+    r"|لكن|ولكن|ومع ذلك)\b|但是|但|不过|不過|然而|可是|しかし|^が、|ですが|けれど|ただし|ただ、"
+    r"|하지만"
     r"|그러나|그렇지만|लेकिन|परंतु|किंतु",
     re.IGNORECASE,
 )
@@ -107,6 +110,7 @@ def _sentences(text: str) -> list[str]:
 
 def _refusing(sentence: str) -> tuple[str, int] | None:
     """The language of a refusing phrase in the sentence and where it ends."""
+    sentence = sentence[:_SENTENCE_LENGTH]
     for lang, phrases in PHRASES.items():
         found = phrases.refusal.search(sentence)
         if found is None or phrases.idiom.search(sentence):

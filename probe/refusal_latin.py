@@ -18,12 +18,13 @@ _EN_TELL = (
     r"|comply|fulfil|engag|creat|writ|generat|offer|advis|recommend|comment|explain|say|disclos"
     r"|reveal|participat|continu|respond|go into|go there|get into|cover|address|teach|describ"
     r"|instruct|proceed|process|facilitat|encourag|promot|complet|accommodat|grant|produc|handl"
-    r"|condon|do (?:that|this|so|it)\b|answer|direct you|show|supply|speculat|judge|be of (?:help|assistance))"
+    r"|condon|do (?:that|this|so|it)\b|answer|direct you|show|supply|speculat|judge|be of (?:help"
+    r"|assistance))"
 )
 _EN_ADVERB = (
     r"(?:,? ?\b(?:really|in good conscience|just|simply|currently|be able to|even|directly|to"
     r"|ethically|legally|possibly|personally|safely|morally|and will not|or will not"
-    r"|actually)\b,?)*"
+    r"|actually)\b,?){0,4}"
 )
 
 LATIN_PHRASES: dict[str, Phrases] = {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import streamlit as st
 
@@ -28,8 +29,10 @@ ICON: Final = (
     'height="4" rx="1"/><rect x="11" y="11" width="4" height="4" rx="1"/></g></svg>'
 )
 
+_LOG: Final = logging.getLogger(__name__)
 _FIGURE_CONFIG: Final = {"displaylogo": False, "showSendToCloud": False, "responsive": True}
 _FORMATS: Final = {"csv": "text/csv", "json": "application/json", "parquet": "application/x-parquet"}
+_ROW_HEIGHT: Final = 35
 _MARKDOWN: Final = re.compile(r"([\\`*_{}\[\]()<>#+!|$~:])")
 
 
@@ -40,13 +43,33 @@ def escaped(text: str) -> str:
 
 @contextmanager
 def errors_as_sentences() -> Iterator[None]:
-    """Show what moescope stops for on purpose as one sentence where it happened."""
+    """Show what moescope stops for on purpose as one sentence where it happened.
+
+    What it did not expect is a sentence too; its traceback goes to the terminal of the server.
+    """
     try:
         yield
     except StoreBusyError as error:
         st.warning(escaped(str(error)), icon=":material/hourglass_top:")
     except MoescopeError as error:
         st.error(escaped(str(error)), icon=":material/error:")
+    except Exception as error:
+        _LOG.exception("a page of the dashboard stopped")
+        st.error(
+            f"This page stopped on an unexpected {type(error).__name__}: "
+            f"{escaped(' '.join(str(error).split())[:300])}. The terminal in which the dashboard "
+            "was started has the details.",
+            icon=":material/bug_report:",
+        )
+
+
+def style_page() -> None:
+    """The few rules that themes of Streamlit do not know: less empty space at the top."""
+    st.html(
+        "<style>[data-testid=stMainBlockContainer] {padding: 2.2rem 3rem 4rem}"
+        "@media (max-width: 900px) {[data-testid=stMainBlockContainer] {padding: 2.8rem 1rem 4rem}}"
+        "</style>"
+    )
 
 
 def heading(title: str, question: str) -> None:
@@ -55,37 +78,79 @@ def heading(title: str, question: str) -> None:
     st.caption(question)
 
 
-def show_figure(
-    figure: Figure,
-    *,
-    key: str,
-    alt: str,
-    on_select: Callable[[], None] | None = None,
-) -> None:
-    """Draw a figure; `on_select` is called after a click on one of its points.
+def show_figure(figure: Figure, *, key: str, alt: str) -> None:
+    """Draw a figure that is only looked at."""
+    st.plotly_chart(figure, key=key, alt=alt, config=dict(_FIGURE_CONFIG))
 
-    The selection lies in `st.session_state[key]`; `selected_point` reads it.
+
+def show_clickable(
+    figure: Figure, *, key: str, alt: str, on_click: Callable[[Sequence[Any]], None]
+) -> None:
+    """Draw a figure whose points answer clicks.
+
+    Args:
+        figure: has a layer of points with `customdata`; see `with_click_layer`.
+        key: unique on the page.
+        alt: what is to be seen, for those who cannot.
+        on_click: told the `customdata` of a clicked point before the page is drawn again.
     """
-    if on_select is None:
-        st.plotly_chart(figure, key=key, alt=alt, config=dict(_FIGURE_CONFIG))
-        return
+    # A click within any cell, however wide, belongs to the point in its middle.
+    figure.update_layout(hoverdistance=-1, clickmode="event+select", dragmode="zoom")
+    last = f"_{key}_last"
+
+    def clicked() -> None:
+        points = st.session_state[key]["selection"]["points"]
+        if points:
+            st.session_state[last] = points[0].get("customdata")
+        # A second click on the same point takes the selection back; it is a click all the same.
+        if st.session_state.get(last) is not None:
+            on_click(st.session_state[last])
+
     st.plotly_chart(
         figure,
         key=key,
         alt=alt,
         config=dict(_FIGURE_CONFIG),
-        on_select=on_select,
+        on_select=clicked,
         selection_mode="points",
     )
 
 
-def selected_point(key: str) -> Sequence[Any] | None:
-    """The `customdata` of the point that was clicked in a figure, if one was."""
-    points = st.session_state.get(key, {}).get("selection", {}).get("points", [])
-    if not points or "customdata" not in points[0]:
-        return None
-    data = points[0]["customdata"]
-    return data if isinstance(data, Sequence) and not isinstance(data, str) else [data]
+def with_click_layer(figure: Figure) -> Figure:
+    """Put invisible points over the cells of a map, which itself reports no clicks.
+
+    Each point's `customdata` is (y, x, value) of its cell. The points take the map's hover text.
+    """
+    import numpy as np
+    import plotly.graph_objects as go
+
+    cells = next(trace for trace in figure.data if trace.type == "heatmap")
+    columns, rows = np.meshgrid(np.asarray(cells.x), np.asarray(cells.y, dtype=object))
+    figure.add_trace(
+        go.Scattergl(
+            x=columns.ravel(),
+            y=rows.ravel(),
+            mode="markers",
+            marker={"symbol": "square", "size": 12, "opacity": 0},
+            customdata=np.stack(
+                [rows.ravel(), columns.ravel(), np.asarray(cells.z).ravel()], axis=1
+            ),
+            hovertemplate=cells.hovertemplate.replace("%{z", "%{customdata[2]"),
+            showlegend=False,
+        )
+    )
+    # The axes end with the cells; points alone would push them outward.
+    figure.update_xaxes(range=_edges(cells.x))
+    figure.update_yaxes(range=_edges(cells.y), autorange=False)
+    cells.hovertemplate, cells.hoverinfo = None, "skip"
+    return figure
+
+
+def _edges(places: Sequence[Any]) -> list[float]:
+    """The outer edges of cells: of numbered ones as they count, of named ones from top to bottom."""
+    if isinstance(places[0], str):
+        return [len(places) - 0.5, -0.5]
+    return [float(min(places)) - 0.5, float(max(places)) + 0.5]
 
 
 def show_table(
@@ -100,12 +165,14 @@ def show_table(
         height: in pixels.
     """
     shown = table.frame if rows is None else rows
+    columns = [column for column in table.columns if not _says_nothing(column, table.frame)]
     st.dataframe(
         shown,
         key=f"{key}_rows",
         hide_index=True,
-        height=min(height, 38 + 35 * max(len(shown), 1)),
-        column_config={column.name: _column(column, shown) for column in table.columns},
+        height=_height(shown, height),
+        column_order=[column.name for column in columns],
+        column_config={column.name: _column(column, shown) for column in columns},
         placeholder="–",
     )
     with st.container(horizontal=True, vertical_alignment="center"):
@@ -132,7 +199,7 @@ def show_frame(
         frame,
         key=f"{key}_rows",
         hide_index=True,
-        height=min(height, 38 + 35 * max(len(frame), 1)),
+        height=_height(frame, height),
         column_config=column_config,
         placeholder="–",
     )
@@ -177,6 +244,16 @@ def frame_bytes(frame: pd.DataFrame, suffix: str) -> bytes:
         text: str = frame.to_json(orient="records", date_format="iso", force_ascii=False, indent=1)
         return text.encode()
     return frame.to_parquet(index=False)
+
+
+def _height(frame: pd.DataFrame, most: int) -> int | Literal["content"]:
+    """As high as its rows, up to a limit in pixels."""
+    return most if len(frame) * _ROW_HEIGHT > most else "content"
+
+
+def _says_nothing(column: Column, frame: pd.DataFrame) -> bool:
+    """Whether a column is shown only where it tells rows apart: there is one kind of router."""
+    return column.name == "kind" and frame["kind"].nunique() == 1
 
 
 def _column(column: Column, frame: pd.DataFrame) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from moescope.app import state
+from moescope.app.views.choices import linked_choice
 from moescope.app.views.layout import escaped
 
 if TYPE_CHECKING:
@@ -53,14 +54,7 @@ def _picked(runs: pd.DataFrame) -> str:
     if asked is not None and asked not in names:
         known = ", ".join(names)
         st.warning(escaped(f"There is no run {asked!r} in this store; it has: {known}."))
-    # Setting the state, and not the default, keeps the run in the address also when it is the
-    # newest: a link that was shared shows the same run after others were recorded.
-    if RUN not in st.session_state and asked not in names:
-        st.session_state[RUN] = names[0]
-    elif st.session_state.get(RUN, names[0]) not in names:
-        st.session_state[RUN] = names[0]
-    chosen: str = st.selectbox("Run", names, index=None, key=RUN, bind="query-params", required=True)
-    return chosen or names[0]
+    return linked_choice("Run", names, key=RUN)
 
 
 def _say_about(run: state.ShownRun) -> None:

@@ -41,6 +41,14 @@ _JS: Final = """
 const COLORS = { user: 'blue', system: 'violet', thinking: 'yellow', answer: 'green',
   template: 'gray' };
 
+// Not scrollIntoView: that would move the page, too.
+function keepInView(strip, button) {
+  const box = strip.getBoundingClientRect();
+  const own = button.getBoundingClientRect();
+  if (own.top < box.top) strip.scrollTop -= box.top - own.top;
+  if (own.bottom > box.bottom) strip.scrollTop += own.bottom - box.bottom;
+}
+
 export default function ({ data, parentElement, setTriggerValue }) {
   const strip = parentElement.querySelector('.strip');
   const content = JSON.stringify(data.tokens);
@@ -70,7 +78,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   for (const button of strip.children) {
     const chosen = Number(button.dataset.position) === data.chosen;
     button.setAttribute('aria-pressed', chosen);
-    if (chosen) button.scrollIntoView({ block: 'nearest' });
+    if (chosen) keepInView(strip, button);
   }
   strip.onclick = (event) => {
     const button = event.target.closest('button');

@@ -225,7 +225,7 @@ def _passages(selection: Selection, pivot: str) -> _Passages:
 def _passage_notes(group_P: IntArray, usable: Any, alone: list[str], pivot: str) -> tuple[str, ...]:
     notes = []
     if not usable.all():
-        notes.append(f"{int((~usable).sum())} prompts without lang or pair_id are left out.")
+        notes.append(f"Prompts without lang or pair_id, left out: {int((~usable).sum())}.")
     if alone:
         notes.append(f"Languages that share no pair_id with {pivot}: {', '.join(alone)}.")
     pooled = int((np.bincount(group_P[group_P >= 0]) > 1).sum())

@@ -223,7 +223,7 @@ def missing_value_notes(selection: Selection, name: str) -> tuple[str, ...]:
     missing = int(selection.prompts[name].isna().sum())
     if not missing:
         return ()
-    return (f"{missing} prompts without a value of {name} are left out.",)
+    return (f"Prompts without a value of {name}, left out: {missing}.",)
 
 
 def unit_labels(prompts: pd.DataFrame, name: str) -> IntArray:

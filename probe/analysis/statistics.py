@@ -161,12 +161,19 @@ def split_halves(stratum_U: IntArray, rng: np.random.Generator) -> BoolArray:
     return is_first_U
 
 
-def num_assignments(parts: Parts) -> int:
-    """How many different assignments of labels the permutation test draws from."""
+def smallest_p(parts: Parts) -> float:
+    """The smallest two-sided p that relabelling these parts can give, however many draws.
+
+    The observed labels are one of all assignments; where their mirror image (a and b exchanged)
+    is another, it gives the same absolute statistic.
+    """
     in_a, _ = parts.matched()
     singles = len(parts.is_a) - 2 * len(in_a)
-    permuted = math.comb(singles, int(parts.is_a.sum()) - len(in_a))
-    return permuted << len(in_a)
+    singles_in_a = int(parts.is_a.sum()) - len(in_a)
+    assignments = math.comb(singles, singles_in_a) * 2 ** len(in_a)
+    mirrored = 2 * singles_in_a == singles
+    same = 2 if mirrored and assignments > 1 else 1
+    return float(same / assignments)
 
 
 def permuted_labels(parts: Parts, num_draws: int, rng: np.random.Generator) -> BoolArray:

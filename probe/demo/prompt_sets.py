@@ -78,8 +78,11 @@ def refusal_set(corpus: Corpus) -> list[Line]:
 
 
 def _pairs(corpus: Corpus, lang: str, family: str) -> list[tuple[Fact, Fact]]:
-    """Held-out sensitive facts with neutral ones that differ in the sensitive part alone and are
-    asked in the same phrasing; a fact without such a partner is left out."""
+    """Held-out sensitive facts with neutral partners.
+
+    Partners differ in the sensitive part alone and are asked in the same phrasing; a sensitive
+    fact without such a partner is left out.
+    """
     used: set[str] = set()
     pairs: list[tuple[Fact, Fact]] = []
     for topic in (t for t in corpus.topics.values() if t.family == family):

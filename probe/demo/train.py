@@ -115,8 +115,9 @@ def run_stage(
     """Train one stage in place, from its checkpoint where there is one."""
     stage = training.stage_one if number == 1 else training.stage_two
     parameters = [p for p in model.parameters() if p.requires_grad]
+    decay = 0.01 if number == 1 else 0.0
     optimizer = torch.optim.AdamW(
-        parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01 if number == 1 else 0.0
+        parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=decay, fused=True
     )
     start = _resume(checkpoint, model, optimizer)
     model.train()
@@ -132,7 +133,7 @@ def run_stage(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage, step)
         optimizer.zero_grad()
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         recent = loss.item() if step == start else 0.95 * recent + 0.05 * loss.item()

@@ -14,6 +14,7 @@ from moescope.probe.figures.style import (
     blank_figure,
     grid_height,
     layer_by_expert,
+    legend_above,
     map_axes,
     only_kind,
 )
@@ -52,17 +53,18 @@ def contrast_map(table: AnalysisTable, *, kind: str | None = None) -> go.Figure:
                 y=confirmed["layer"].to_numpy(),
                 mode="markers",
                 name=f"confirmed ({len(confirmed)})",
+                # White with a black edge shows on every cell and on every page.
                 marker={
-                    "symbol": "circle-open",
-                    "size": 13,
-                    "color": "#000000",
-                    "line": {"width": 2},
+                    "symbol": "star",
+                    "size": 12,
+                    "color": "#FFFFFF",
+                    "line": {"width": 1, "color": "#000000"},
                 },
                 showlegend=True,
                 hoverinfo="skip",
             )
         )
-        figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
+        legend_above(figure)
     map_axes(figure, layers)
     return figure
 
@@ -120,7 +122,7 @@ def contrast_forest(
     figure.add_vline(x=0, line={"color": NEUTRAL, "width": 1})
     figure.update_xaxes(title_text="share of tokens in a minus in b")
     figure.update_yaxes(autorange="reversed", showgrid=False, type="category")
-    figure.update_layout(legend={"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0})
+    legend_above(figure)
     return figure
 
 

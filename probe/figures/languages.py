@@ -86,6 +86,7 @@ def _traces(
             go.Scatter(
                 **(common | {"x": np.concatenate([layers, layers[::-1]])}),
                 y=np.concatenate([part[high].to_numpy(), part[low].to_numpy()[::-1]]),
+                mode="lines",
                 fill="toself",
                 fillcolor=transparent(color, 0.18),
                 line={"width": 0},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -12,6 +13,7 @@ from moescope.probe.figures.style import (
     NEUTRAL,
     SEQUENTIAL,
     SYMBOLS,
+    amount_range,
     blank_figure,
     dress,
     grid_height,
@@ -58,7 +60,7 @@ def load_heatmap(
             z=grid,
             x=experts,
             y=layers,
-            zmin=0,
+            **amount_range(grid),
             colorscale=SEQUENTIAL,
             colorbar={"title": {"text": unit.replace(" of ", "<br>of ")}},
             hovertemplate="layer %{y}, expert %{x}<br>%{z:.4f} " + unit + "<extra></extra>",
@@ -81,39 +83,52 @@ def balance_curves(table: AnalysisTable, *, kind: str | None = None) -> go.Figur
     figure = make_subplots(rows=len(_PANELS), cols=1, shared_xaxes=True, vertical_spacing=0.06)
     for row, (name, chance, label) in enumerate(_PANELS, start=1):
         for index, (value, part) in enumerate(groups):
-            color = LINE_COLORS[index % len(LINE_COLORS)]
-            layers = part["layer"].to_numpy()
-            figure.add_trace(
-                go.Scatter(
-                    x=layers,
-                    y=part[name].to_numpy(),
-                    mode="lines+markers",
-                    name=str(value) if split else "observed",
-                    legendgroup=str(value),
-                    showlegend=row == 1,
-                    line={"color": color},
-                    marker={"symbol": SYMBOLS[index % len(SYMBOLS)]},
-                    hovertemplate="layer %{x}: %{y:.4g}",
-                ),
-                row=row,
-                col=1,
-            )
-            expected = np.ones(len(part)) if chance is None else part[chance].to_numpy()
-            figure.add_trace(
-                go.Scatter(
-                    x=layers,
-                    y=expected,
-                    mode="lines",
-                    name="uniform routing",
-                    legendgroup="chance",
-                    showlegend=row == 1 and index == 0,
-                    line={"color": color if split else NEUTRAL, "dash": "dash", "width": 1},
-                    hovertemplate="uniform routing: %{y:.4g}<extra></extra>",
-                ),
-                row=row,
-                col=1,
-            )
+            legend = str(value) if split else "observed"
+            for trace in _curves(part, name, chance, legend, index, is_first=row == 1):
+                figure.add_trace(trace, row=row, col=1)
         figure.update_yaxes(title_text=label, rangemode="tozero", row=row, col=1)
+    figure.add_trace(
+        go.Scatter(
+            x=[None],
+            y=[None],
+            mode="lines",
+            name="uniform routing",
+            line={"color": NEUTRAL, "dash": "dash"},
+        )
+    )
     dress(figure, table, table.title + ", by layer", height=640)
+    figure.update_yaxes(range=[0, max(1.0, 1.05 * frame["never_used"].max())], row=3, col=1)
     figure.update_xaxes(title_text="layer", row=len(_PANELS), col=1)
     return figure
+
+
+def _curves(
+    part: pd.DataFrame, name: str, chance: str | None, legend: str, index: int, *, is_first: bool
+) -> list[go.Scatter]:
+    """One measure by layer, and what uniform routing would give."""
+    color = LINE_COLORS[index % len(LINE_COLORS)]
+    layers = part["layer"].to_numpy()
+    expected = np.ones(len(part)) if chance is None else part[chance].to_numpy()
+    return [
+        go.Scatter(
+            x=layers,
+            y=part[name].to_numpy(),
+            mode="lines+markers",
+            name=legend,
+            legendgroup=legend,
+            showlegend=is_first,
+            line={"color": color},
+            marker={"symbol": SYMBOLS[index % len(SYMBOLS)]},
+            hovertemplate="layer %{x}: %{y:.4g}",
+        ),
+        go.Scatter(
+            x=layers,
+            y=expected,
+            mode="lines",
+            name=f"{legend}, uniform routing",
+            legendgroup=legend,
+            showlegend=False,
+            line={"color": color, "dash": "dash", "width": 1},
+            hovertemplate="uniform routing: %{y:.4g}",
+        ),
+    ]

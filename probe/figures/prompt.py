@@ -7,9 +7,15 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from moescope.probe.analysis.frame import AnalysisTable
-from moescope.probe.figures.style import SEQUENTIAL, blank_figure, grid_height, only_kind
+from moescope.probe.figures.style import (
+    SEQUENTIAL,
+    amount_range,
+    blank_figure,
+    grid_height,
+    only_kind,
+)
 
-# Beyond so many tokens the ids of experts cannot be read in their cells.
+# Beyond so many tokens, ids in cells cannot be read, and not every token gets a label.
 MOST_LABELED_TOKENS = 60
 
 _COLORS = {
@@ -47,7 +53,7 @@ def prompt_heatmap(
             z=grid,
             x=np.arange(len(positions)),
             y=np.arange(len(layers)),
-            zmin=0,
+            **amount_range(grid),
             text=labels,
             texttemplate="%{text}" if len(positions) <= MOST_LABELED_TOKENS else "",
             colorscale=SEQUENTIAL,
@@ -58,12 +64,13 @@ def prompt_heatmap(
         )
     )
     figure.add_trace(_click_layer(frame, columns, rows))
-    tokens = frame.drop_duplicates("position").sort_values("position")
+    tokens = frame.drop_duplicates("position").sort_values("position").to_dict("records")
+    step = -(-len(positions) // MOST_LABELED_TOKENS)
     figure.update_xaxes(
         title_text="token (template and special tokens in italics)",
         tickmode="array",
-        tickvals=np.arange(len(positions)),
-        ticktext=[_token_label(row) for row in tokens.to_dict("records")],
+        tickvals=np.arange(0, len(positions), step),
+        ticktext=[_token_label(row) for row in tokens[::step]],
         tickangle=-60,
         showgrid=False,
         zeroline=False,

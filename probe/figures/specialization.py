@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from moescope.probe.analysis.frame import AnalysisTable
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.figures.style import (
     SEQUENTIAL,
+    amount_range,
     blank_figure,
+    counted,
     grid_height,
     layer_by_expert,
     map_axes,
@@ -48,11 +51,11 @@ def specialization_by_value(
     grid = np.stack(
         [frame.loc[frame["value"] == value, measure].to_numpy(dtype=np.float32) for value in values]
     )
-    counts = frame.drop_duplicates("value").set_index("value")
+    first = frame.drop_duplicates("value")[["value", "num_prompts", "num_tokens"]]
     labels = [
-        f"{value} ({counts.at[value, 'num_prompts']:,} prompts, "
-        f"{counts.at[value, 'num_tokens']:,} tokens)"
-        for value in values
+        f"{row['value']} ({counted(row['num_prompts'], 'prompt')}, "
+        f"{counted(row['num_tokens'], 'token')})"
+        for row in first.to_dict("records")
     ]
     title, chance, unit = _MEASURES[measure]
     figure = blank_figure(
@@ -65,7 +68,7 @@ def specialization_by_value(
             z=grid,
             x=np.arange(grid.shape[1]),
             y=labels,
-            zmin=0,
+            **amount_range(grid),
             colorscale=SEQUENTIAL,
             colorbar={"title": {"text": unit + _chance_text(frame, chance)}},
             hovertemplate="%{y}<br>expert %{x}: %{z:.4f}<extra></extra>",
@@ -93,7 +96,7 @@ def specialization_map(
             z=grid,
             x=experts,
             y=layers,
-            zmin=0,
+            **amount_range(grid),
             colorscale=SEQUENTIAL,
             colorbar={"title": {"text": unit + _chance_text(frame, chance)}},
             hovertemplate="layer %{y}, expert %{x}: %{z:.4f}<extra></extra>",
@@ -103,7 +106,7 @@ def specialization_map(
     return figure
 
 
-def _chance_text(frame: object, chance: str | None) -> str:
+def _chance_text(frame: pd.DataFrame, chance: str | None) -> str:
     """The chance level for the color bar, where all rows share one."""
-    levels = [] if chance is None else sorted(set(getattr(frame, "loc")[:, chance]))
+    levels = [] if chance is None else frame[chance].unique().tolist()
     return f"<br>(chance {levels[0]:.3g})" if len(levels) == 1 else ""

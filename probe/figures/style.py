@@ -50,10 +50,13 @@ def dress(figure: go.Figure, table: AnalysisTable, title: str, *, height: int) -
             "x": 0,
             "xref": "container",
             "xanchor": "left",
-            "pad": {"l": 12},
+            "y": 1,
+            "yref": "container",
+            "yanchor": "top",
+            "pad": {"l": 12, "t": 14},
         },
         height=height,
-        margin={"l": 70, "r": 30, "t": 90, "b": 60},
+        margin={"l": 70, "r": 30, "t": 76, "b": 60},
         paper_bgcolor=CLEAR,
         plot_bgcolor=CLEAR,
         legend={"bgcolor": CLEAR},
@@ -122,9 +125,21 @@ def layer_by_expert(
     return grid, layers, np.arange(grid.shape[1])
 
 
+def amount_range(grid: NDArray[Any]) -> dict[str, float]:
+    """Color limits of amounts: from 0 to the largest, so that shades compare across figures."""
+    largest = float(np.nanmax(grid)) if np.isfinite(grid).any() else 0.0
+    return {"zmin": 0.0, "zmax": largest or 1.0}
+
+
 def grid_height(num_rows: int) -> int:
     """Height in pixels of a map with so many rows."""
     return int(np.clip(150 + ROW_HEIGHT * num_rows, LEAST_HEIGHT, MOST_HEIGHT))
+
+
+def legend_above(figure: go.Figure) -> None:
+    """Put the legend between subtitle and plot."""
+    legend = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"}
+    figure.update_layout(legend=legend, margin={"t": 104})
 
 
 def map_axes(figure: go.Figure, layers: Sequence[int] | NDArray[Any]) -> None:

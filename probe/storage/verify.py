@@ -245,8 +245,8 @@ _WEIGHT_ORDER: Final = """
         FROM routing WHERE run_id = $run AND layer = $layer AND kind = $kind AND rank IS NOT NULL
     )
     SELECT prompt_id, layer,
-           format('prompt {}, token {}, layer {} ({}): rank {} has weight {}, '
-                  || 'the rank before it {}',
+           format('prompt {}, token {}, layer {} ({}): rank {} has weight {:.6g}, '
+                  || 'the rank before it {:.6g}',
                   prompt_id, position, layer, kind, rank, weight, better)
     FROM pairs WHERE weight > better
 """

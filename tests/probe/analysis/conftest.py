@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,9 @@ class Shape:
     num_experts: int
     top_k: int
     kind: str = "mlp"
+
+
+RANDOM_SHAPES = tuple(Shape(layer=layer, num_experts=8, top_k=2) for layer in (1, 2, 4))
 
 
 def write_run(
@@ -164,3 +168,43 @@ def make_store(tmp_path: Path) -> Callable[..., Store]:
         return write_run(tmp_path / "store.duckdb", shapes, items, **changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def lab() -> SimpleNamespace:
+    """The pieces runs are written from: Token, Item, Shape, write_run, tokens_of, random_item."""
+    return SimpleNamespace(
+        Token=Token, Item=Item, Shape=Shape, write_run=write_run, tokens_of=tokens_of,
+        random_item=random_item,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def random_items() -> list[Item]:
+    """24 items in three languages, random routing in 3 layers of 8 experts, all kinds of tokens."""
+    rng = np.random.default_rng(7)
+    items = []
+    for number in range(24):
+        for lang in ("de", "en", "zh"):
+            lengths = {
+                ("prompt", "template", True): 1,
+                ("prompt", "system", False): int(rng.integers(1, 4)),
+                ("prompt", "user", False): int(rng.integers(3, 9)),
+                ("prompt", "template", False): 1,
+                ("generated", "answer", False): int(rng.integers(2, 7)),
+                ("generated", "answer", True): 1,
+            }
+            items.append(
+                random_item(
+                    rng, RANDOM_SHAPES, lengths, lang=lang, pair_id=f"p{number}",
+                    label="ab"[number % 2], meta={"topic": number % 3, "a/b~c": str(number % 2)},
+                )
+            )  # fmt: skip
+    return items
+
+
+@pytest.fixture(scope="session")
+def random_store(tmp_path_factory: pytest.TempPathFactory, random_items: list[Item]) -> Store:
+    """`random_items` as a run."""
+    path = tmp_path_factory.mktemp("random") / "store.duckdb"
+    return write_run(path, RANDOM_SHAPES, random_items)

@@ -83,14 +83,15 @@ def filled(synthetic: ModuleType) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def _filled_once(tmp_path_factory: pytest.TempPathFactory, filled: Callable[..., Path]) -> Path:
+def filled_once(tmp_path_factory: pytest.TempPathFactory, filled: Callable[..., Path]) -> Path:
+    """A store with one complete run, to copy."""
     return filled(tmp_path_factory.mktemp("filled") / "runs.duckdb")
 
 
 @pytest.fixture
-def store(tmp_path: Path, _filled_once: Path) -> Path:
+def store(tmp_path: Path, filled_once: Path) -> Path:
     """A store with one complete run, `base`, of 6 prompts."""
-    return Path(shutil.copy(_filled_once, tmp_path / "runs.duckdb"))
+    return Path(shutil.copy(filled_once, tmp_path / "runs.duckdb"))
 
 
 @pytest.fixture

@@ -35,9 +35,7 @@ def everything_below(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
-def test_a_new_run_has_a_folder_and_everything_to_do(
-    tmp_path: Path, synthetic: ModuleType
-) -> None:
+def test_a_new_run_has_a_folder_and_everything_to_do(tmp_path: Path, synthetic: ModuleType) -> None:
     description = synthetic.describe(3)
     with begin_run(tmp_path / "a.duckdb", "base", description) as point:
         assert (point.is_new, point.is_complete) == (True, False)

@@ -30,9 +30,7 @@ def shard(tmp_path: Path, synthetic: ModuleType) -> Path:
     return tmp_path / "shard-00004"
 
 
-def test_a_shard_reads_back_exactly(
-    tmp_path: Path, shard: Path, synthetic: ModuleType
-) -> None:
+def test_a_shard_reads_back_exactly(tmp_path: Path, shard: Path, synthetic: ModuleType) -> None:
     manifest, tables = read_shard(tmp_path, shard.name)
     assert manifest.prompt_ids == (3, 7)
     assert set(tables) == set(SHARD_TABLES)
@@ -126,7 +124,11 @@ def test_unfinished_and_removed_shards_are_not_listed(tmp_path: Path, shard: Pat
 
 
 def test_numbers_become_names() -> None:
-    assert [shard_name(n) for n in (0, 12, 123456)] == ["shard-00000", "shard-00012", "shard-123456"]
+    assert [shard_name(n) for n in (0, 12, 123456)] == [
+        "shard-00000",
+        "shard-00012",
+        "shard-123456",
+    ]
     with pytest.raises(ValueError, match="numbered from 0"):
         shard_name(-1)
 

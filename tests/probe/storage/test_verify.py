@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import duckdb
 import pytest
 from moescope.probe.errors import RunError
 from moescope.probe.storage import Store, verify_run
-from moescope.probe.storage.verify import PROBLEMS_PER_CHECK, weights_follow_rank
+from moescope.probe.storage.verify import (
+    PROBLEMS_PER_CHECK,
+    find_problems,
+    weights_follow_rank,
+)
 
 Change = Callable[[Path, str], None]
 
 
-def sentences(store: Path) -> dict[str, list[str]]:
+@pytest.fixture(scope="module")
+def opened(filled_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    copy = shutil.copy(filled_once, tmp_path_factory.mktemp("verify") / "runs.duckdb")
+    with duckdb.connect(str(copy)) as con:
+        yield con
+
+
+@pytest.fixture
+def con(opened: duckdb.DuckDBPyConnection) -> Iterator[duckdb.DuckDBPyConnection]:
+    """One complete run, `base`, to damage: every test's changes are rolled back."""
+    opened.execute("BEGIN").fetchall()
+    yield opened
+    opened.execute("ROLLBACK").fetchall()
+
+
+def sentences(con: duckdb.DuckDBPyConnection) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for problem in verify_run(Store(store), "base"):
+    for problem in find_problems(con, "base"):
         assert str(problem) == problem.sentence
         found.setdefault(problem.check, []).append(problem.sentence)
     return found
@@ -159,7 +180,7 @@ def test_an_unknown_run_is_an_error(store: Path) -> None:
             "UPDATE routing SET expert = (expert + 3) % 6 "
             "WHERE prompt_id = 2 AND position = 1 AND layer = 1 AND rank = 0",
             "usage by expert",
-            "prompt 2, layer 1 (mlp): expert 2 is in 2 rows of routing, usage counts 1",
+            "prompt 2, layer 1 (mlp): expert 2 is in 3 rows of routing, usage counts 2",
         ),
         (
             "UPDATE routing SET weight = 0.9 "
@@ -175,32 +196,36 @@ def test_an_unknown_run_is_an_error(store: Path) -> None:
     ],
 )
 def test_each_contradiction_is_found(
-    store: Path, change: Change, damage: str, check: str, sentence: str
+    con: duckdb.DuckDBPyConnection, damage: str, check: str, sentence: str
 ) -> None:
-    change(store, damage)
-    assert sentence in sentences(store)[check]
+    con.execute(damage).fetchall()
+    assert sentence in sentences(con)[check]
 
 
-def test_unknown_ranks_are_no_contradiction(store: Path, change: Change) -> None:
-    change(store, "UPDATE routing SET rank = NULL")
-    assert sentences(store) == {}
+def run(con: duckdb.DuckDBPyConnection, sql: str) -> None:
+    con.execute(sql).fetchall()
+
+
+def test_unknown_ranks_are_no_contradiction(con: duckdb.DuckDBPyConnection) -> None:
+    run(con, "UPDATE routing SET rank = NULL")
+    assert sentences(con) == {}
 
 
 def test_weights_need_not_follow_the_rank_under_a_selection_bias(
-    store: Path, change: Change
+    con: duckdb.DuckDBPyConnection,
 ) -> None:
     biased = json.dumps({"score": "softmax", "selection_bias": True})
-    change(store, "UPDATE routing SET weight = 1 - weight")
-    assert list(sentences(store)) == ["weight order"]
-    change(store, f"UPDATE layers SET rule = '{biased}'")
-    assert sentences(store) == {}
+    run(con, "UPDATE routing SET weight = 1 - weight")
+    assert list(sentences(con)) == ["weight order"]
+    run(con, f"UPDATE layers SET rule = '{biased}'")
+    assert sentences(con) == {}
 
 
-def test_slots_that_steering_dropped_are_no_contradiction(store: Path, change: Change) -> None:
-    change(store, "UPDATE routing SET weight = 0 WHERE rank = 0 AND position = 1")
-    assert list(sentences(store)) == ["weight order"]
-    change(store, "UPDATE runs SET plan_id = 'p'")
-    assert sentences(store) == {}
+def test_slots_that_steering_dropped_are_no_contradiction(con: duckdb.DuckDBPyConnection) -> None:
+    run(con, "UPDATE routing SET weight = 0 WHERE rank = 0 AND position = 1")
+    assert list(sentences(con)) == ["weight order"]
+    run(con, "UPDATE runs SET plan_id = 'p'")
+    assert sentences(con) == {}
 
 
 @pytest.mark.parametrize(
@@ -222,18 +247,18 @@ def test_counts_without_slots_are_verified_too(
     tmp_path: Path, filled: Callable[..., Path], change: Change
 ) -> None:
     store = filled(tmp_path / "runs.duckdb", record_level="usage")
-    assert sentences(store) == {}
+    assert verify_run(Store(store), "base") == []
     change(store, "DELETE FROM usage_arrays WHERE prompt_id = 0 AND layer = 1 AND NOT is_special")
-    assert sentences(store) == {
-        "usage": ["prompt 0, layer 1 (mlp): usage counts 1 routed tokens, tokens has 6"]
-    }
+    assert [problem.sentence for problem in verify_run(Store(store), "base")] == [
+        "prompt 0, layer 1 (mlp): usage counts 1 routed tokens, tokens has 6"
+    ]
 
 
 def test_a_problem_that_is_everywhere_is_reported_a_few_times(
-    store: Path, change: Change
+    con: duckdb.DuckDBPyConnection,
 ) -> None:
-    change(store, "DELETE FROM routing")
-    found = sentences(store)
+    run(con, "DELETE FROM routing")
+    found = sentences(con)
     assert {check: len(lines) for check, lines in found.items()} == {
         "slots of tokens": PROBLEMS_PER_CHECK,
         "usage by expert": PROBLEMS_PER_CHECK,

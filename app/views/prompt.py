@@ -1,0 +1,207 @@
+"""Page: how one prompt and its answer were routed, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import streamlit as st
+
+from moescope.app import state
+from moescope.app.views import choices, experts, layout
+from moescope.app.views.token_strip import StripToken, token_strip
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moescope.probe.analysis import AnalysisTable
+
+_PROMPT: Final = "prompt"
+_TOKEN: Final = "token"
+_FILTER_FIELDS: Final = ("lang", "label", "outcome", "domain", "set_name")
+_MOST_LISTED: Final = 1_000
+_COLORS: Final = {
+    "top_weight": "weight of the first expert",
+    "weight_entropy": "entropy of the weights",
+    "weight_sum": "sum of the weights",
+}
+
+
+def show() -> None:
+    """Draw the page."""
+    layout.heading(
+        "Routing of one prompt", "Which experts does each token go to, and with which weights?"
+    )
+    run = state.shown_run()
+    prompt_id = _choose_prompt(run)
+    if prompt_id is None:
+        return
+    _show_texts(run, prompt_id)
+    if not run.has_tokens:
+        st.info(
+            "This run holds counts per prompt, not the routing of each token: record it with "
+            "`--record topk` to see tokens here. The other pages work on counts."
+        )
+        return
+    _show_routing(run, prompt_id)
+
+
+def _choose_prompt(run: state.ShownRun) -> int | None:
+    """The prompt picker: search, filters, list, neighbors."""
+    frame = state.prompts(run)
+    search, narrowed, picker, back, forth = st.columns(
+        [3, 1.3, 6, 0.6, 0.6], vertical_alignment="bottom"
+    )
+    with search:
+        words = st.text_input(
+            "Search", key="search", placeholder="words of prompt or answer", persist_state="session"
+        )
+    with narrowed:
+        values = state.comparable_fields(run)
+        fields = {name: values[name] for name in _FILTER_FIELDS if name in values}
+        kept = choices.conditions(fields, key="prompts")
+    found = state.matching_prompts(frame, words, kept)
+    if found.empty:
+        st.info("No prompt of this run matches; change the search or the filter.")
+        return None
+    listed = found.head(_MOST_LISTED).set_index("prompt_id", drop=False)
+    ids = listed["prompt_id"].tolist()
+    label = f"Prompt ({len(found):,} of {len(frame):,})"
+    if len(found) > len(ids):
+        label += f", the first {len(ids):,} are listed"
+    with picker:
+        chosen = choices.linked_choice(
+            label, ids, key=_PROMPT, words=lambda prompt_id: _in_a_line(listed.loc[prompt_id])
+        )
+    place = ids.index(chosen)
+    with back:
+        _step_button("←", "Previous prompt", ids[max(place - 1, 0)], disabled=place == 0)
+    with forth:
+        last = len(ids) - 1
+        _step_button("→", "Next prompt", ids[min(place + 1, last)], disabled=place == last)
+    return int(chosen)
+
+
+def _step_button(label: str, about: str, target: int, *, disabled: bool) -> None:
+    def step() -> None:
+        st.session_state[_PROMPT] = target
+
+    st.button(label, help=about, on_click=step, disabled=disabled, width="stretch", key=about)
+
+
+def _in_a_line(row: pd.Series[Any]) -> str:
+    marks = [row[name] for name in ("lang", "label", "outcome") if row[name] is not None]
+    text = " ".join(row["text"].split())
+    return f"{row['prompt_id']} · {' · '.join(marks)}{' · ' if marks else ''}{text[:120]}"
+
+
+def _show_texts(run: state.ShownRun, prompt_id: int) -> None:
+    """Prompt, answer and what was expected, as they are."""
+    frame = state.prompts(run)
+    row = frame[frame["prompt_id"] == prompt_id].iloc[0]
+    asked, answered = st.columns(2)
+    with asked, st.container(border=True, height="stretch"):
+        st.caption("Prompt")
+        st.text(row["text"])
+    with answered, st.container(border=True, height="stretch"):
+        if row["response"] is None:
+            st.caption("Answer")
+            st.markdown(":gray[No answer was generated in this run.]")
+        else:
+            experts.show_outcome("Answer", row["outcome"])
+            st.text(row["response"] or "(empty)")
+        if row["expected"] is not None:
+            st.caption(f"Known right answer: {layout.escaped(row['expected'])}")
+
+
+@st.fragment
+def _show_routing(run: state.ShownRun, prompt_id: int) -> None:
+    """Strip, map and detail; a click draws only this part again."""
+    with layout.errors_as_sentences():
+        table = state.analyze(run, "prompt", prompt_id=prompt_id)
+        tokens = table.frame.drop_duplicates("position").sort_values("position")
+        position = _choose_token(tokens)
+        _show_map(table, prompt_id, position)
+        _show_token(run, prompt_id, position)
+        with st.expander("Table: tokens and layers"):
+            layout.show_table(table, key="prompt_table")
+
+
+def _choose_token(tokens: pd.DataFrame) -> int:
+    """Strip and select box, which show and set the same position."""
+    rows = tokens.set_index("position", drop=False)
+    positions = [int(position) for position in tokens["position"]]
+    if st.session_state.get(_TOKEN) not in positions:
+        last_prompt = tokens.loc[tokens["phase"] == "prompt", "position"].tolist()
+        asked = st.query_params.get(_TOKEN, "")
+        named = [position for position in positions if str(position) == asked]
+        st.session_state[_TOKEN] = (named or last_prompt[-1:] or positions)[0]
+    strip = [
+        StripToken(position=int(row.position), text=row.token, phase=row.phase, segment=row.segment)
+        for row in tokens.itertuples()
+    ]
+    token_strip(strip, chosen=st.session_state[_TOKEN], key="token_strip", on_pick=_pick)
+    picker, about = st.columns([2, 5], vertical_alignment="bottom")
+    with picker:
+        position: int = st.selectbox(
+            "Token",
+            positions,
+            key=_TOKEN,
+            format_func=lambda position: f"{position}: {rows.at[position, 'token']!r}",
+            filter_mode="contains",
+        )
+    about.caption("Click a token above or a cell below, or choose here with the keyboard.")
+    st.query_params[_TOKEN] = str(position)
+    return position
+
+
+def _pick(position: int) -> None:
+    st.session_state[_TOKEN] = position
+
+
+def _show_map(table: AnalysisTable, prompt_id: int, position: int) -> None:
+    from moescope.probe.figures import prompt_heatmap
+
+    color, kind = st.columns([2, 5])
+    with color:
+        shown = choices.linked_choice(
+            "Color", list(_COLORS), key="color", words=lambda name: _COLORS[name]
+        )
+    with kind:
+        router_kind = experts.choose_kind(table)
+    figure = prompt_heatmap(table, color=shown, kind=router_kind)
+    places = sorted(table.frame["position"].unique().tolist())
+    place = places.index(position)
+    figure.add_vrect(
+        x0=place - 0.5, x1=place + 0.5, line={"color": "#D55E00", "width": 2}, fillcolor="rgba(0,0,0,0)"
+    )
+
+    def clicked(data: Sequence[Any]) -> None:
+        _pick(int(data[0]))
+
+    layout.show_clickable(
+        figure,
+        key=f"prompt_map_{prompt_id}",
+        alt=f"{table.title}: tokens by layers, {_COLORS[shown]} as color",
+        on_click=clicked,
+    )
+
+
+def _show_token(run: state.ShownRun, prompt_id: int, position: int) -> None:
+    """The experts and weights of the chosen token by layer."""
+    from moescope.probe.figures import token_bars
+
+    table = state.analyze(run, "token", prompt_id=prompt_id, position=position)
+    st.subheader(layout.escaped(table.title), anchor=False)
+    bars, rows = st.columns([3, 2])
+    with bars:
+        layout.show_figure(
+            token_bars(table), key="token_bars", alt=f"{table.title}: routing weight by layer"
+        )
+    with rows:
+        layout.show_table(table, key="token_table", height=420)
+        experts.show_links(table.frame, key="token_expert")
+
+
+if __name__ == "__main__":
+    show()
