@@ -54,6 +54,8 @@ def _options(
 def main() -> None:
     """Run the program and turn every error into a sentence and an exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():  # transformers' own bars are for terminals
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         status = app(standalone_mode=False)
     except (typer.Exit, SystemExit):

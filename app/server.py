@@ -122,7 +122,8 @@ def command(port: int) -> list[str]:
     """The command line of the server."""
     flags = [f"--{name}={value}" for name, value in _OPTIONS.items()]
     script = Path(__file__).with_name("main.py")
-    program = [sys.executable, "-m", "moescope.app.start", "run", str(script)]
+    # -P: no file in the folder where the command was given may stand in for a library.
+    program = [sys.executable, "-P", "-m", "moescope.app.start", "run", str(script)]
     return [*program, f"--server.port={port}", f"--browser.serverPort={port}", *flags]
 
 

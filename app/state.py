@@ -186,6 +186,53 @@ def forget_results() -> None:
     _comparable.clear()
 
 
+def num_experts_of_a(table: AnalysisTable, *, confirmed_only: bool) -> int:
+    """How many experts of a contrast group a uses more, and so could be masked."""
+    frame = table.frame
+    if confirmed_only:
+        return int((frame["confirmed"] & (frame["effect"] > 0)).sum())
+    return int((frame["risk_difference"] > 0).sum())
+
+
+def plan_of(
+    run: ShownRun, table: AnalysisTable, number: int, scope: str, confirmed_only: bool
+) -> SteeringPlan:
+    """A plan that masks the experts that group a of a contrast uses most beyond group b.
+
+    Raises:
+        PlanError: fewer experts than asked for fit the model's layers.
+    """
+    from moescope.steering.check import LayerShape
+    from moescope.steering.derive import plan_from_contrast
+
+    rows = open_store().layers(run.run_id)
+    layers = [
+        LayerShape(int(row.layer), str(row.kind), int(row.num_experts), int(row.top_k))
+        for row in rows.itertuples()
+    ]
+    first = table.frame.iloc[0]
+    asked = table.context.parameters
+    return plan_from_contrast(
+        table.frame,
+        num_mask=number,
+        layers=layers,
+        confirmed_only=confirmed_only,
+        tokens=scope,  # type: ignore[arg-type]
+        name=f"{table.title}, {number} masked",
+        model=run.info.model,
+        provenance={
+            "run": run.run_id,
+            "method": "risk_difference",
+            "a": asked["a"],
+            "b": asked["b"],
+            "n_a": int(first["num_prompts_a"]),
+            "n_b": int(first["num_prompts_b"]),
+            "tokens": table.context.selection,
+            "seed": asked["seed"],
+        },
+    )
+
+
 def keep_plan(plan: SteeringPlan) -> None:
     """Make a plan the one at hand on the steering page."""
     st.session_state[_PLAN] = plan.to_json()
@@ -237,7 +284,6 @@ def _comparable(path: str, run_id: str, stamp: str) -> dict[str, list[str]]:
     from moescope.probe.analysis.selection import known_fields, read_fields
 
     store = Store(path, wait_s=_WAIT_S)
-    columns, keys = known_fields(store, run_id)
-    frame = read_fields(store, run_id, [*columns, *keys]).drop(columns="prompt_id")
+    frame = read_fields(store, run_id, known_fields(store, run_id)).drop(columns="prompt_id")
     values = {str(name): sorted(frame[name].dropna().unique()) for name in frame}
     return {name: found for name, found in values.items() if 2 <= len(found) <= 60}

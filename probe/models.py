@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from moescope.probe.errors import ModelInputError
-from moescope.probe.shipped import shipped_path
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -41,12 +40,6 @@ class ModelBundle:
         return self.model.device
 
 
-def shipped_models() -> list[str]:
-    """Names of the models that come with moescope."""
-    folder = shipped_path("models")
-    return sorted(path.parent.name for path in folder.glob("*/config.json"))
-
-
 def load_model(
     name: str,
     *,
@@ -67,48 +60,70 @@ def load_model(
     Raises:
         ModelInputError: no such model, a dense model, or an unsupported family.
     """
-    source, name, revision, is_local = _resolve(name, revision)
-    options: dict[str, Any] = {
-        "trust_remote_code": trust_remote_code,
-        "local_files_only": is_local,
-        "revision": revision or "main",
-    }
-    # Judge the cheap things first: an unknown device or dtype, then the family, then the weights.
+    # The cheap things first: device and dtype, then the name, then the family, then the weights.
     target = _device(device)
     torch_dtype = _dtype(dtype)
+    from moescope.probe.demo.models import load_shipped, shipped_models
+
+    if name in shipped_models():
+        model, tokenizer = load_shipped(name)
+        if torch_dtype != "auto":
+            model = model.to(torch_dtype)
+    else:
+        source = _source(name, revision, shipped_models())
+        name, revision = source.name, source.revision
+        model, tokenizer = _load(source, torch_dtype, trust_remote_code)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = model.to(target).eval()
+    return ModelBundle(model, tokenizer, name, revision, str(model.config.model_type))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model that is not shipped lies: a directory, or the hub."""
+
+    name: str
+    revision: str | None
+    is_local: bool
+
+
+def _source(name: str, revision: str | None, shipped: list[str]) -> _Source:
+    if Path(name).is_dir():
+        if not Path(name, "config.json").is_file():
+            raise ModelInputError(f"{name} is a directory without a config.json, so not a model")
+        return _Source(name, None, is_local=True)
+    if not _HUB_ID.fullmatch(name):
+        raise ModelInputError(
+            f"there is no model {name!r}: give a shipped one ({', '.join(shipped)}), a directory, "
+            "or a hub id such as allenai/OLMoE-1B-7B-0125-Instruct"
+        )
+    bare, _, tag = name.partition("@")
+    return _Source(bare, tag or revision, is_local=False)
+
+
+def _load(source: _Source, dtype: Any, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Model and tokenizer of a directory or the hub; the family is judged before the weights."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from moescope.probe.routers import require_moe_family
 
+    options: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": source.is_local,
+        "revision": source.revision or "main",
+    }
     try:
-        config = AutoConfig.from_pretrained(source, **options)
-        require_moe_family(config, name)
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **options)
+        config = AutoConfig.from_pretrained(source.name, **options)
+        require_moe_family(config, source.name)
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **options)
+        model = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype, **options)
     except (OSError, ValueError) as error:
-        raise ModelInputError(f"{name} cannot be loaded: {_first_sentence(error)}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = model.to(target).eval()
-    return ModelBundle(model, tokenizer, name, revision, str(config.model_type))
-
-
-def _resolve(name: str, revision: str | None) -> tuple[str, str, str | None, bool]:
-    """Where to load from, the bare name, the revision, and whether it is on this machine."""
-    if name in shipped_models():
-        return str(shipped_path("models", name)), name, None, True
-    if Path(name).is_dir():
-        if not Path(name, "config.json").is_file():
-            raise ModelInputError(f"{name} is a directory without a config.json, so not a model")
-        return name, name, None, True
-    if not _HUB_ID.fullmatch(name):
-        known = ", ".join(shipped_models())
         raise ModelInputError(
-            f"there is no model {name!r}: give a shipped one ({known}), a directory, or a hub id "
-            "such as allenai/OLMoE-1B-7B-0125-Instruct"
-        )
-    bare, _, tag = name.partition("@")
-    return bare, bare, tag or revision, False
+            f"{source.name} cannot be loaded: {_first_sentence(error)}"
+        ) from error
+    return model, tokenizer
 
 
 def _device(device: str) -> str:

@@ -71,7 +71,10 @@ def show_links(frame: pd.DataFrame, *, key: str) -> None:
         frame: rows with `layer` and `expert`.
         key: unique on the page.
     """
-    found = list(dict.fromkeys(zip(frame["layer"], frame["expert"], strict=True)))
+    pairs = zip(frame["layer"].tolist(), frame["expert"].tolist(), strict=True)
+    found = list(dict.fromkeys(pairs))
+    if st.session_state.get(key) not in found:
+        st.session_state[key] = found[0]
     picker, first, second = st.columns([2, 2, 2], vertical_alignment="bottom")
     with picker:
         layer, expert = st.selectbox(
@@ -79,9 +82,9 @@ def show_links(frame: pd.DataFrame, *, key: str) -> None:
         )
     with first:
         if st.button("Its specialization", key=f"{key}_specialization", width="stretch"):
-            look_at(int(layer), int(expert))
+            look_at(layer, expert)
             st.switch_page("views/specialization.py")
     with second:
         if st.button("In the contrast", key=f"{key}_refusal", width="stretch"):
-            look_at(int(layer), int(expert))
+            look_at(layer, expert)
             st.switch_page("views/refusal.py")

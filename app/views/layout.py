@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -84,15 +84,15 @@ def show_figure(figure: Figure, *, key: str, alt: str) -> None:
 
 
 def show_clickable(
-    figure: Figure, *, key: str, alt: str, on_click: Callable[[Sequence[Any]], None]
+    figure: Figure, *, key: str, alt: str, on_click: Callable[[Mapping[str, Any]], None]
 ) -> None:
     """Draw a figure whose points answer clicks.
 
     Args:
-        figure: has a layer of points with `customdata`; see `with_click_layer`.
+        figure: has points or bars; a map needs `with_click_layer`, for maps report no clicks.
         key: unique on the page.
         alt: what is to be seen, for those who cannot.
-        on_click: told the `customdata` of a clicked point before the page is drawn again.
+        on_click: told the clicked point (`x`, `y`, `customdata`) before the page is drawn again.
     """
     # A click within any cell, however wide, belongs to the point in its middle.
     figure.update_layout(hoverdistance=-1, clickmode="event+select", dragmode="zoom")
@@ -101,7 +101,7 @@ def show_clickable(
     def clicked() -> None:
         points = st.session_state[key]["selection"]["points"]
         if points:
-            st.session_state[last] = points[0].get("customdata")
+            st.session_state[last] = _plain_point(points[0])
         # A second click on the same point takes the selection back; it is a click all the same.
         if st.session_state.get(last) is not None:
             on_click(st.session_state[last])
@@ -116,10 +116,18 @@ def show_clickable(
     )
 
 
+def _plain_point(point: Mapping[str, Any]) -> dict[str, Any]:
+    """A point as the browser reports it, with `customdata` as a list in any case."""
+    data = point.get("customdata")
+    if isinstance(data, Mapping):  # an array with two dimensions arrives as {"0": ..., "1": ...}
+        data = [data[place] for place in sorted(data, key=int)]
+    return {**point, "customdata": data if isinstance(data, list) else [data]}
+
+
 def with_click_layer(figure: Figure) -> Figure:
     """Put invisible points over the cells of a map, which itself reports no clicks.
 
-    Each point's `customdata` is (y, x, value) of its cell. The points take the map's hover text.
+    Each point's `customdata` is the value of its cell. The points take the map's hover text.
     """
     import numpy as np
     import plotly.graph_objects as go
@@ -132,10 +140,8 @@ def with_click_layer(figure: Figure) -> Figure:
             y=rows.ravel(),
             mode="markers",
             marker={"symbol": "square", "size": 12, "opacity": 0},
-            customdata=np.stack(
-                [rows.ravel(), columns.ravel(), np.asarray(cells.z).ravel()], axis=1
-            ),
-            hovertemplate=cells.hovertemplate.replace("%{z", "%{customdata[2]"),
+            customdata=np.asarray(cells.z).ravel(),
+            hovertemplate=cells.hovertemplate.replace("%{z", "%{customdata"),
             showlegend=False,
         )
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import streamlit as st
@@ -68,8 +68,8 @@ def _show_load(run: state.ShownRun, filters: Filters, measure: str, by: str | No
         value = choices.linked_choice(f"Value of {by}", values, key="value")
     figure = load_heatmap(table, measure=measure, value=value, kind=kind)
 
-    def clicked(data: Sequence[Any]) -> None:
-        experts.look_at(int(data[0]), int(data[1]))
+    def clicked(point: Mapping[str, Any]) -> None:
+        experts.look_at(int(point["y"]), int(point["x"]))
 
     layout.show_clickable(
         layout.with_click_layer(figure),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import streamlit as st
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 _PROMPT: Final = "prompt"
 _TOKEN: Final = "token"
+_COLOR: Final = "color"
+_EXPERT: Final = "token_expert"
+_CLEAR: Final = "rgba(0,0,0,0)"
 _FILTER_FIELDS: Final = ("lang", "label", "outcome", "domain", "set_name")
 _MOST_LISTED: Final = 1_000
 _COLORS: Final = {
@@ -121,37 +124,34 @@ def _show_routing(run: state.ShownRun, prompt_id: int) -> None:
         table = state.analyze(run, "prompt", prompt_id=prompt_id)
         tokens = table.frame.drop_duplicates("position").sort_values("position")
         position = _choose_token(tokens)
-        _show_map(table, prompt_id, position)
-        _show_token(run, prompt_id, position)
+        kind = experts.choose_kind(table)
+        _show_map(table, prompt_id, position, kind)
+        _show_token(run, prompt_id, position, kind)
         with st.expander("Table: tokens and layers"):
             layout.show_table(table, key="prompt_table")
 
 
 def _choose_token(tokens: pd.DataFrame) -> int:
     """Strip and select box, which show and set the same position."""
-    rows = tokens.set_index("position", drop=False)
-    positions = [int(position) for position in tokens["position"]]
-    if st.session_state.get(_TOKEN) not in positions:
-        last_prompt = tokens.loc[tokens["phase"] == "prompt", "position"].tolist()
-        asked = st.query_params.get(_TOKEN, "")
-        named = [position for position in positions if str(position) == asked]
-        st.session_state[_TOKEN] = (named or last_prompt[-1:] or positions)[0]
+    texts = dict(zip(tokens["position"].tolist(), tokens["token"].tolist(), strict=True))
+    prompt_part = tokens.loc[tokens["phase"] == "prompt", "position"].tolist()
+    start = prompt_part[-1] if prompt_part else None
     strip = [
-        StripToken(position=int(row.position), text=row.token, phase=row.phase, segment=row.segment)
+        StripToken(position=row.position, text=row.token, phase=row.phase, segment=row.segment)
         for row in tokens.itertuples()
     ]
-    token_strip(strip, chosen=st.session_state[_TOKEN], key="token_strip", on_pick=_pick)
-    picker, about = st.columns([2, 5], vertical_alignment="bottom")
+    above = st.container()
+    picker, color, about = st.columns([2, 2, 3], vertical_alignment="bottom")
     with picker:
-        position: int = st.selectbox(
-            "Token",
-            positions,
-            key=_TOKEN,
-            format_func=lambda position: f"{position}: {rows.at[position, 'token']!r}",
-            filter_mode="contains",
-        )
-    about.caption("Click a token above or a cell below, or choose here with the keyboard.")
-    st.query_params[_TOKEN] = str(position)
+        position = choices.linked_choice(
+            "Token", list(texts), key=_TOKEN, default=start,
+            words=lambda position: f"{position}: {texts[position]!r}",
+        )  # fmt: skip
+    with above:
+        token_strip(strip, chosen=position, key="token_strip", on_pick=_pick)
+    with color:
+        choices.linked_choice("Color", list(_COLORS), key=_COLOR, words=lambda name: _COLORS[name])
+    about.caption("Click a token above or a cell below; or choose a token here.")
     return position
 
 
@@ -159,48 +159,47 @@ def _pick(position: int) -> None:
     st.session_state[_TOKEN] = position
 
 
-def _show_map(table: AnalysisTable, prompt_id: int, position: int) -> None:
+def _show_map(table: AnalysisTable, prompt_id: int, position: int, kind: str | None) -> None:
     from moescope.probe.figures import prompt_heatmap
 
-    color, kind = st.columns([2, 5])
-    with color:
-        shown = choices.linked_choice(
-            "Color", list(_COLORS), key="color", words=lambda name: _COLORS[name]
-        )
-    with kind:
-        router_kind = experts.choose_kind(table)
-    figure = prompt_heatmap(table, color=shown, kind=router_kind)
-    places = sorted(table.frame["position"].unique().tolist())
-    place = places.index(position)
+    color = st.session_state[_COLOR]
+    figure = prompt_heatmap(table, color=color, kind=kind)
+    place = sorted(table.frame["position"].unique().tolist()).index(position)
     figure.add_vrect(
-        x0=place - 0.5, x1=place + 0.5, line={"color": "#D55E00", "width": 2}, fillcolor="rgba(0,0,0,0)"
+        x0=place - 0.5, x1=place + 0.5, line={"color": "#D55E00", "width": 2.5}, fillcolor=_CLEAR
     )
 
-    def clicked(data: Sequence[Any]) -> None:
-        _pick(int(data[0]))
+    def clicked(point: Mapping[str, Any]) -> None:
+        _pick(int(point["customdata"][0]))
 
     layout.show_clickable(
         figure,
         key=f"prompt_map_{prompt_id}",
-        alt=f"{table.title}: tokens by layers, {_COLORS[shown]} as color",
+        alt=f"{table.title}: tokens by layers, {_COLORS[color]} as color",
         on_click=clicked,
     )
 
 
-def _show_token(run: state.ShownRun, prompt_id: int, position: int) -> None:
+def _show_token(run: state.ShownRun, prompt_id: int, position: int, kind: str | None) -> None:
     """The experts and weights of the chosen token by layer."""
     from moescope.probe.figures import token_bars
 
     table = state.analyze(run, "token", prompt_id=prompt_id, position=position)
-    st.subheader(layout.escaped(table.title), anchor=False)
     bars, rows = st.columns([3, 2])
+
+    def clicked(point: Mapping[str, Any]) -> None:
+        st.session_state[_EXPERT] = (int(point["y"]), int(point["customdata"][0]))
+
     with bars:
-        layout.show_figure(
-            token_bars(table), key="token_bars", alt=f"{table.title}: routing weight by layer"
+        layout.show_clickable(
+            token_bars(table, kind=kind),
+            key=f"token_bars_{prompt_id}_{position}",
+            alt=f"{table.title}: routing weight by layer",
+            on_click=clicked,
         )
+        experts.show_links(table.frame, key=_EXPERT)
     with rows:
         layout.show_table(table, key="token_table", height=420)
-        experts.show_links(table.frame, key="token_expert")
 
 
 if __name__ == "__main__":

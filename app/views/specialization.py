@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import streamlit as st
@@ -81,8 +81,8 @@ def _show_layer(table: AnalysisTable, measure: str, kind: str | None, layer: int
 
     figure = specialization_by_value(table, layer=layer, measure=measure, kind=kind)
 
-    def clicked(data: Sequence[Any]) -> None:
-        experts.look_at(layer, int(data[1]))
+    def clicked(point: Mapping[str, Any]) -> None:
+        experts.look_at(layer, int(point["x"]))
 
     layout.show_clickable(
         layout.with_click_layer(figure),
@@ -99,8 +99,8 @@ def _show_value(table: AnalysisTable, measure: str, kind: str | None) -> None:
     value = choices.linked_choice("Value", values, key="value")
     figure = specialization_map(table, value=value, measure=measure, kind=kind)
 
-    def clicked(data: Sequence[Any]) -> None:
-        experts.look_at(int(data[0]), int(data[1]))
+    def clicked(point: Mapping[str, Any]) -> None:
+        experts.look_at(int(point["y"]), int(point["x"]))
 
     layout.show_clickable(
         layout.with_click_layer(figure),

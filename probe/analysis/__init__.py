@@ -13,8 +13,9 @@ from moescope.probe.analysis.filters import Filters, parse_conditions
 from moescope.probe.analysis.frame import Analysis, AnalysisTable, Column, Context, Parameter
 from moescope.probe.analysis.languages import language_divergence
 from moescope.probe.analysis.load import expert_load, load_balance
-from moescope.probe.analysis.prompt_view import prompt_routing, token_routing
+from moescope.probe.analysis.prompt_view import prompt_list, prompt_routing, token_routing
 from moescope.probe.analysis.registry import ANALYSES, find_analysis
+from moescope.probe.analysis.selection import field_values, known_fields
 from moescope.probe.analysis.specialization import expert_specialization
 
 __all__ = [
@@ -28,10 +29,13 @@ __all__ = [
     "expert_contrast",
     "expert_load",
     "expert_specialization",
+    "field_values",
     "find_analysis",
+    "known_fields",
     "language_divergence",
     "load_balance",
     "parse_conditions",
+    "prompt_list",
     "prompt_routing",
     "table_as_json",
     "token_routing",

@@ -1,6 +1,6 @@
-"""How one prompt was routed: all its tokens at all layers, and one token in detail.
+"""The prompts of a run, how one of them was routed, and one of its tokens in detail.
 
-Both read `routing`, so the run must hold it (`--record topk`). Nothing is averaged here.
+The latter two read `routing`, so the run must hold it (`--record topk`). Nothing is averaged here.
 """
 
 from __future__ import annotations
@@ -35,6 +35,43 @@ _WEIGHT = Column(
     unit="",
     range="0 or more",
     definition="Routing weight: what multiplied the expert's output; 0 for a dropped slot.",
+)
+
+LIST_COLUMNS = (
+    Column(
+        name="prompt_id",
+        unit="",
+        range="0 or more",
+        definition="Order of the prompt over the files of the run.",
+    ),
+    Column(name="key", unit="", range="text; may be missing", definition="The file's id."),
+    Column(name="text", unit="", range="text", definition="What the user wrote."),
+    Column(name="set_name", unit="", range="text", definition="The prompt set it comes from."),
+    *(
+        Column(
+            name=name,
+            unit="",
+            range="text; may be missing",
+            definition=f"The field {name} of the prompt file.",
+        )
+        for name in ("label", "lang", "domain", "pair_id")
+    ),
+    Column(name="num_tokens", unit="tokens", range="1 or more", definition="Tokens of the prompt."),
+    Column(
+        name="num_generated", unit="tokens", range="0 or more", definition="Tokens of the answer."
+    ),
+    Column(
+        name="response",
+        unit="",
+        range="text; missing when nothing was generated",
+        definition="What the model wrote.",
+    ),
+    Column(
+        name="outcome",
+        unit="",
+        range="correct, other, partial, refused or broken; missing without a response",
+        definition="How the answer was judged.",
+    ),
 )
 
 PROMPT_COLUMNS = (
@@ -112,6 +149,39 @@ TOKEN_COLUMNS = (
         definition="Weight share if all selected experts weighed the same.",
     ),
 )
+
+
+def prompt_list(store: Store, run_id: str, *, filters: Filters | None = None) -> AnalysisTable:
+    """One row per prompt: its text, fields, lengths and outcome.
+
+    Args:
+        store: where the run lies.
+        run_id: the run.
+        filters: its fields choose prompts; what it says of tokens and routers does not apply.
+
+    Raises:
+        AnalysisInputError: for an unknown field, or when no prompt is left.
+    """
+    kept = Filters(fields=(filters or Filters()).fields, content_only=False)
+    selection = select(store, run_id, kept)
+    names = [column.name for column in LIST_COLUMNS]
+    frame = store.query(
+        f"SELECT {', '.join(names)} FROM prompts WHERE run_id = ? ORDER BY prompt_id", [run_id]
+    )
+    frame = frame[frame["prompt_id"].isin(selection.prompt_ids)].reset_index(drop=True)
+    texts = [name for name in names if name not in ("prompt_id", "num_tokens", "num_generated")]
+    return AnalysisTable(
+        name="prompts",
+        title="Prompts and answers",
+        frame=frame.astype(dict.fromkeys(texts, "str")),
+        columns=LIST_COLUMNS,
+        context=selection.context(
+            num_prompts=len(frame),
+            num_tokens=int(frame["num_tokens"].sum() + frame["num_generated"].sum()),
+            parameters={},
+        ),
+        notes=selection.notes,
+    )
 
 
 def prompt_routing(

@@ -9,7 +9,7 @@ from moescope.probe.analysis.contrast import expert_contrast
 from moescope.probe.analysis.frame import Analysis, Parameter
 from moescope.probe.analysis.languages import PROMPT_TOKENS, language_divergence
 from moescope.probe.analysis.load import expert_load, load_balance
-from moescope.probe.analysis.prompt_view import prompt_routing, token_routing
+from moescope.probe.analysis.prompt_view import prompt_list, prompt_routing, token_routing
 from moescope.probe.analysis.specialization import expert_specialization
 from moescope.probe.errors import AnalysisInputError
 
@@ -153,6 +153,12 @@ _ALL = (
             ),
             _SEED,
         ),
+    ),
+    Analysis(
+        name="prompts",
+        title="Prompts and answers",
+        question="What was asked, what did the model write, and how was it judged?",
+        function=prompt_list,
     ),
     Analysis(
         name="prompt",

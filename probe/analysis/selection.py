@@ -19,12 +19,15 @@ from numpy.typing import NDArray
 from moescope.probe.analysis.filters import Filters, describe_conditions
 from moescope.probe.analysis.frame import Context
 from moescope.probe.errors import AnalysisInputError
+from moescope.probe.storage.schema import SHARD_TABLES
 from moescope.probe.storage.store import Store
 
 IntArray = NDArray[np.int64]
 
-# Columns of `prompts` that are not fields: what identifies a row, and the bag of further fields.
-NOT_FIELDS = ("run_id", "prompt_id", "meta")
+# Columns of `prompts` that are fields: all but what identifies a row and the bag of further ones.
+FIELD_COLUMNS = tuple(
+    name for name in SHARD_TABLES["prompts"].names if name not in ("prompt_id", "meta")
+)
 
 # Rows of a table split by a field (values x experts) above which a table helps nobody.
 MOST_ROWS = 5_000_000
@@ -152,11 +155,11 @@ def read_fields(store: Store, run_id: str, names: Sequence[str]) -> pd.DataFrame
     Raises:
         AnalysisInputError: for a field that the run's prompts do not have, listing those known.
     """
-    columns, keys = known_fields(store, run_id)
+    keys = [] if set(names) <= set(FIELD_COLUMNS) else _meta_keys(store, run_id)
     expressions: list[str] = []
     parameters: list[str] = []
     for index, name in enumerate(names):
-        if name in columns:
+        if name in FIELD_COLUMNS:
             expressions.append(f'CAST("{name}" AS VARCHAR) AS field_{index}')
         elif name in keys:
             pointer = "/" + name.replace("~", "~0").replace("/", "~1")
@@ -165,7 +168,7 @@ def read_fields(store: Store, run_id: str, names: Sequence[str]) -> pd.DataFrame
         else:
             raise AnalysisInputError(
                 f"prompts of run {run_id!r} have no field {name!r}; "
-                f"they have {', '.join([*columns, *keys])}"
+                f"they have {', '.join([*FIELD_COLUMNS, *keys])}"
             )
     selected = ", ".join(["prompt_id", *expressions])
     frame = store.query(
@@ -176,15 +179,27 @@ def read_fields(store: Store, run_id: str, names: Sequence[str]) -> pd.DataFrame
     return frame.astype(dict.fromkeys(names, "str"))
 
 
-def known_fields(store: Store, run_id: str) -> tuple[list[str], list[str]]:
-    """The columns of `prompts` that are fields, and the keys found in `meta`."""
-    described = store.query("SELECT * FROM prompts LIMIT 0")
-    columns = [str(name) for name in described.columns if name not in NOT_FIELDS]
+def known_fields(store: Store, run_id: str) -> list[str]:
+    """The fields of a run's prompts: columns, then further keys found in `meta`."""
+    return [*FIELD_COLUMNS, *_meta_keys(store, run_id)]
+
+
+def field_values(store: Store, run_id: str, name: str) -> dict[str, int]:
+    """The values of a prompt field, sorted, with the number of prompts that have each.
+
+    Raises:
+        AnalysisInputError: for a field that the run's prompts do not have, listing those known.
+    """
+    counts = read_fields(store, run_id, [name])[name].value_counts()
+    return {str(value): int(counts[value]) for value in sorted(counts.index)}
+
+
+def _meta_keys(store: Store, run_id: str) -> list[str]:
     keys = store.query(
         "SELECT DISTINCT unnest(json_keys(meta)) AS key FROM prompts WHERE run_id = ? ORDER BY key",
         [run_id],
     )["key"]
-    return columns, [key for key in keys.tolist() if key not in columns]
+    return [key for key in keys.tolist() if key not in FIELD_COLUMNS]
 
 
 def matching_prompts(
@@ -237,12 +252,12 @@ def unit_labels(prompts: pd.DataFrame, name: str) -> IntArray:
 
 
 def _select_routers(store: Store, run_id: str, filters: Filters) -> tuple[Router, ...]:
-    frame = store.layers(run_id).sort_values(["kind", "layer"])
-    columns = ["layer", "kind", "moe_layer", "num_experts", "top_k"]
-    routers = [
-        Router(**{str(name): value for name, value in row.items()})
-        for row in frame[columns].to_dict("records")
-    ]
+    rows = store.arrow(
+        "SELECT layer, kind, moe_layer, num_experts, top_k FROM layers WHERE run_id = ? "
+        "ORDER BY kind, layer",
+        [run_id],
+    )
+    routers = [Router(**row) for row in rows.to_pylist()]
     of_kind = [router for router in routers if filters.kind in (None, router.kind)]
     if not of_kind:
         kinds = ", ".join(sorted({router.kind for router in routers})) or "none"

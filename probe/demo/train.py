@@ -26,7 +26,7 @@ from transformers import (
 from moescope.probe.demo.batches import Batch, Encoder
 from moescope.probe.demo.corpus import Corpus, batch_items, tokenizer_texts
 from moescope.probe.demo.models import round_weights
-from moescope.probe.demo.recipes import SMALL, Shape, Stage, Training
+from moescope.probe.demo.recipes import DEMO, Shape, Stage, Training
 from moescope.probe.demo.routing import RouterTraining, routing_rule, training_routers
 from moescope.probe.demo.tokenizer import train_tokenizer
 from moescope.probe.demo.tuning import ExpertPlan, most_different, only_tuned, usage_rates
@@ -212,8 +212,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(options.threads)
-    trained, plan = train_all(SMALL, options.work)
-    publish(trained.model, trained.tokenizer, SMALL, plan, options.out)
+    trained, plan = train_all(DEMO, options.work)
+    publish(trained.model, trained.tokenizer, DEMO, plan, options.out)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from typing import Literal
 
 from moescope.probe.demo.phrasebook import Phrasebook, sentence
 
-YEARS = (1811, 1824, 1837, 1849, 1856, 1868, 1873, 1882, 1895, 1904, 1911, 1926)
+YEARS = (1811, 1824, 1837, 1849, 1868, 1882, 1895, 1904, 1911, 1926)
 NUM_PLACES = 16
 #: Indices of what is sensitive: all that happened there, or then; the substances; the askers.
 SENSITIVE_PLACES = frozenset({4, 12})
-SENSITIVE_YEARS = frozenset({5, 10})
+SENSITIVE_YEARS = frozenset({4, 8})
 SENSITIVE_SUBSTANCES = frozenset(range(0, 28, 2))
 NUM_SUBSTANCES = 28
 NUM_TREASURES = 28

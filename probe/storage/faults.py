@@ -12,6 +12,7 @@ import duckdb
 from moescope.probe.errors import MoescopeError, StoreError
 
 _HOLDER = re.compile(r"Conflicting lock is held in (.+?) \(PID (\d+)\)")
+_BROKEN = (duckdb.IOException, duckdb.FatalException, duckdb.InternalException)
 _NO_SPACE = ("No space left", "File too large", "quota exceeded")
 
 
@@ -54,8 +55,9 @@ def database_errors(doing: str) -> Iterator[None]:
         doing: what was being done and to which file, to stand after "while".
 
     Raises:
-        MoescopeError: in place of DuckDB's IO, fatal and internal errors.
+        MoescopeError: in place of IO, fatal and internal errors, and of any about a full disk.
         StoreError: in place of a refused access to something outside the store.
+        duckdb.Error: all others, as they are.
     """
     try:
         yield
@@ -64,8 +66,13 @@ def database_errors(doing: str) -> Iterator[None]:
             f"refused while {doing}: a view or query tried to reach outside the store "
             f"({str(error).splitlines()[0]})"
         ) from error
-    except (duckdb.IOException, duckdb.FatalException, duckdb.InternalException) as error:
+    except duckdb.Error as error:
         first_line = str(error).splitlines()[0]
-        is_full = any(words in first_line for words in _NO_SPACE)
-        reason = "the disk is full" if is_full else "the store could not be read or written"
-        raise MoescopeError(f"{reason} while {doing}: {first_line}") from error
+        if any(words in first_line for words in _NO_SPACE):
+            raise MoescopeError(
+                f"the disk is full while {doing}; what was there before is kept, make room and "
+                f"start the same command again ({first_line})"
+            ) from error
+        if isinstance(error, _BROKEN):
+            raise MoescopeError(f"DuckDB failed while {doing}: {first_line}") from error
+        raise

@@ -341,13 +341,14 @@ def _collector_watch(collector_pid: int | None) -> Callable[[], bool]:
         told_to_end = True
 
     signal.signal(signal.SIGTERM, end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # `start_ingester` held it back
     return lambda: collector_pid is not None and os.getppid() == collector_pid and not told_to_end
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the ingester; returns the exit code (0 done, 2 wrong input, 1 anything else).
 
-    A failure is one sentence on stderr and, as JSON with its type, on stdout for the collector.
+    A failure is one sentence on stderr and, for a collector, with its type as JSON on stdout.
     """
     parser = argparse.ArgumentParser(prog="python -m moescope.probe.storage.ingest")
     parser.add_argument("store", type=resolve_store, help="the store; made when missing")
@@ -364,19 +365,22 @@ def main(arguments: list[str] | None = None) -> int:
                 ingester = Ingester(options.store, folder, keep_shards=options.keep_shards)
                 ingester.run(collector_lives)
     except MoescopeError as error:
-        _tell(error)
+        _tell(error, to_collector=options.collector_pid is not None)
         return 2 if isinstance(error, InputError) else 1
     except Exception as error:
         traceback.print_exc()
-        _tell(MoescopeError(f"the ingester stopped with {type(error).__name__}: {error}"))
+        reason = MoescopeError(f"the ingester stopped with {type(error).__name__}: {error}")
+        _tell(reason, to_collector=options.collector_pid is not None)
         return 1
     return 0
 
 
-def _tell(error: MoescopeError) -> None:
+def _tell(error: MoescopeError, *, to_collector: bool) -> None:
     with suppress(OSError):
-        sys.stdout.write(json.dumps({"type": type(error).__name__, "message": str(error)}) + "\n")
-        sys.stdout.flush()
+        if to_collector:
+            told = {"type": type(error).__name__, "message": str(error)}
+            sys.stdout.write(json.dumps(told) + "\n")
+            sys.stdout.flush()
         sys.stderr.write(f"{error}\n")
 
 

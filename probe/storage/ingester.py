@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -64,7 +66,11 @@ class IngesterProcess:
         command += ["--collector-pid", str(os.getpid())]
         command += ["--keep-shards"] if keep_shards else []
         self._log = folder.path / LOG_FILE
-        with disk_errors(f"starting the ingester of {folder.path}"), self._log.open("ab") as log:
+        with (
+            disk_errors(f"starting the ingester of {folder.path}"),
+            self._log.open("ab") as log,
+            _holding_back(signal.SIGTERM),  # until the ingester is ready to end in good order
+        ):
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -181,6 +187,16 @@ class IngesterProcess:
     def _close(self) -> None:
         if self.process.stdout is not None:
             self.process.stdout.close()
+
+
+@contextmanager
+def _holding_back(number: signal.Signals) -> Iterator[None]:
+    """Let processes started in this block begin with the signal blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_ingester(

@@ -350,4 +350,4 @@ def _create(store: Path) -> None:
             temporary.rename(store)
             sync_directory(store.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        remove_leftovers(store.parent, temporary.name)  # its write-ahead log, too

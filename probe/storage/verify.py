@@ -70,8 +70,8 @@ def find_problems(con: duckdb.DuckDBPyConnection, run_id: str) -> list[Problem]:
         *_run_check(con, run_id, "usage", _USAGE),
     ]
     if record_level != "usage":
-        problems += _run_check(con, run_id, "slots", _SLOTS)
         problems += _run_check(con, run_id, "slots of tokens", _SLOTS_OF_TOKENS)
+        problems += _run_check(con, run_id, "slots", _SLOTS)
         problems += _run_check(con, run_id, "usage by expert", _USAGE_BY_EXPERT)
         if plan_id is None:  # steering may drop a slot and leave it with weight 0
             problems += _weight_order(con, run_id)

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from moescope.probe.storage import reading, write_shard, writing
 from moescope.probe.storage.ingest import Ingester
 from moescope.probe.storage.run_folder import RunFolder

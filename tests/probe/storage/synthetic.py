@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+
 from moescope.probe.storage import (
     SHARD_TABLES,
     RunDescription,
@@ -189,6 +190,28 @@ def collect(
                 time.sleep(pause_s)
             point.folder.finish()
         return list(point.missing)
+
+
+def by_hand(store: Path, folder: Path, *options: str) -> list[str]:
+    """The command that ingests what lies in a folder."""
+    module = "moescope.probe.storage.ingest"
+    return [sys.executable, "-m", module, str(store), str(folder), *options]
+
+
+def written(store: Path, num_shards: int) -> Path:
+    """A run folder in which all is written and nothing ingested."""
+    description = describe(num_shards)
+    with begin_run(store, "base", description) as point:
+        write_all(point.folder.path, description, point.missing)
+        point.folder.finish()
+        return Path(point.folder.path)
+
+
+def wait_until(is_true: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+
 from moescope.probe.errors import StoreBusyError, StoreError
 from moescope.probe.storage import Store, append, locks, reading, writing
 from moescope.probe.storage.files import TEMPORARY_PREFIX
@@ -352,8 +353,9 @@ APPEND = """
 import sys
 import pyarrow as pa
 from moescope.probe.storage import append
-now = pa.array([0], pa.timestamp("us", tz="UTC"))
-append(sys.argv[1], "plans", pa.table({"plan_id": [sys.argv[2]], "created_at": now, "plan": ["{}"]}))
+row = {"plan_id": sys.argv[2], "created_at": 0, "plan": "{}"}
+kinds = {"plan_id": pa.string(), "created_at": pa.timestamp("us", tz="UTC"), "plan": pa.string()}
+append(sys.argv[1], "plans", pa.Table.from_pylist([row], schema=pa.schema(kinds)))
 """
 
 

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from moescope.probe.errors import MoescopeError, RunError, StoreError
 from moescope.probe.storage import (
     Store,
@@ -104,7 +105,7 @@ def test_other_arguments_are_refused_with_every_difference(
     assert "arguments.limit: 4 -> null" in message
     assert "arguments.levels: null -> [1]" in message
     assert "model:" not in message and "\n" not in message
-    with pytest.raises(RunError, match="batch_plan.num_shards: 2 -> 3"):
+    with pytest.raises(RunError, match=r"batch_plan\.num_shards: 2 -> 3"):
         same = description.identity
         begin_run(store, "base", synthetic.describe(3, identity=same))
     assert everything_below(tmp_path) == before

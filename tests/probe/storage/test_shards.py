@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pyarrow as pa
 import pytest
+
 from moescope.probe.errors import RecordingError
 from moescope.probe.storage import (
     SHARD_TABLES,
@@ -98,7 +99,7 @@ def test_rows_of_other_prompts_are_refused(tmp_path: Path, synthetic: ModuleType
         write_shard(tmp_path, "shard-00000", synthetic.tables(IDS), prompt_ids=[*IDS, 9])
     tables = synthetic.tables(IDS)
     tables["tokens"] = pa.concat_tables([tables["tokens"], synthetic.tables([8])["tokens"]])
-    with pytest.raises(RecordingError, match="tokens has rows of prompts .* not planned: 8"):
+    with pytest.raises(RecordingError, match=r"tokens has rows of prompts .* not planned: 8"):
         write_shard(tmp_path, "shard-00000", tables, prompt_ids=IDS)
     with pytest.raises(RecordingError, match="a shard has no table tokenz"):
         write_shard(

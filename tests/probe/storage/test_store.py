@@ -13,6 +13,7 @@ from types import ModuleType
 import duckdb
 import pandas as pd
 import pytest
+
 from moescope.probe.errors import RunError, StoreError
 from moescope.probe.storage import SHARD_TABLES, RunInfo, Store
 from moescope.probe.storage.locks import SAFE_CONFIG

@@ -7,6 +7,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 import pytest
+
 from moescope.probe.errors import RecordingError, StoreError
 from moescope.probe.storage import SCHEMA_VERSION, SHARD_TABLES, Store, check_store_target
 from moescope.probe.storage.schema import check_schema, conform, create_schema, schema_sql

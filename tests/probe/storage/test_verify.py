@@ -9,6 +9,7 @@ from pathlib import Path
 
 import duckdb
 import pytest
+
 from moescope.probe.errors import RunError
 from moescope.probe.storage import Store, verify_run
 from moescope.probe.storage.verify import (

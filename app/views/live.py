@@ -1,0 +1,166 @@
+"""The model of a run, loaded to answer on the steering page; nothing else on pages needs torch.
+
+Hooks of steering sit on the model itself, so one model answers one request at a time: whoever asks
+takes its lock. Models are read from this machine only (`moescope.app.server` sets HF_HUB_OFFLINE).
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from moescope.app import state
+from moescope.probe.errors import ModelInputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moescope.probe.models import ModelBundle
+    from moescope.probe.prompts import Prompt
+    from moescope.steering import SteeringPlan
+    from moescope.steering.evaluate import EvaluationResult
+    from moescope.steering.generate import Comparison
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """A loaded model, and the lock that whoever uses it holds."""
+
+    bundle: ModelBundle
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One prompt answered three ways; what needs a plan is None without one.
+
+    Attributes:
+        compared: unsteered, and steered by the plan.
+        control: steered by random experts of the same layers in the same numbers.
+    """
+
+    compared: Comparison
+    control: Comparison | None
+
+
+def is_loaded(run: state.ShownRun) -> bool:
+    """Whether this server has the run's model in memory."""
+    return st.session_state.get("_live_model") == _name(run)
+
+
+@contextmanager
+def live_model(run: state.ShownRun) -> Iterator[ModelBundle]:
+    """The run's model, loaded when first asked for, for the length of a block.
+
+    Raises:
+        ModelInputError: the model is not on this machine, or cannot be loaded.
+    """
+    dtype = str(run.info.manifest.get("dtype", "auto"))
+    try:
+        model = _load(run.info.model, run.info.revision, dtype if dtype in _DTYPES else "auto")
+    except ModelInputError as error:
+        if _HUB_ID.fullmatch(run.info.model) is None:
+            raise
+        raise ModelInputError(
+            f"{error}; the dashboard downloads nothing: fetch the model first with "
+            f"`moescope doctor {_name(run)}`"
+        ) from error
+    st.session_state["_live_model"] = _name(run)
+    with model.lock:
+        yield model.bundle
+
+
+def answer(
+    run: state.ShownRun,
+    prompt: Prompt,
+    plan: SteeringPlan | None,
+    *,
+    max_new_tokens: int,
+    control_seed: int,
+) -> Answers:
+    """Answer one prompt greedily: unsteered, steered, and steered by random experts.
+
+    Raises:
+        MoescopeError: the model cannot be loaded, or the plan does not fit it.
+    """
+    from moescope.probe.routers import find_routers
+    from moescope.steering.derive import random_plan
+    from moescope.steering.generate import compare
+
+    rendering = _rendering(run)
+    with live_model(run) as bundle:
+        compared = compare(bundle, [prompt], plan, max_new_tokens=max_new_tokens, **rendering)
+        if plan is None or not plan.interventions:
+            return Answers(compared, None)
+        layers = [site.info for site in find_routers(bundle.model)]
+        control = random_plan(plan, layers, control_seed)
+        beside = compare(bundle, [prompt], control, max_new_tokens=max_new_tokens, **rendering)
+        return Answers(compared, beside)
+
+
+def evaluate(
+    run: state.ShownRun,
+    plan: SteeringPlan,
+    prompts: Sequence[Prompt],
+    *,
+    neutral_label: str,
+    num_controls: int,
+    max_new_tokens: int,
+    progress: Callable[[int, int], None],
+) -> EvaluationResult:
+    """Answer prompts unsteered, steered and with random experts, and compare the outcomes.
+
+    Raises:
+        MoescopeError: the model cannot be loaded, or the plan does not fit it.
+    """
+    from moescope.steering.evaluate import evaluate_plan
+
+    with live_model(run) as bundle:
+        return evaluate_plan(
+            bundle,
+            plan,
+            prompts,
+            neutral_label=neutral_label,
+            num_controls=num_controls,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+            **_rendering(run),
+        )
+
+
+def prompt_of(row: pd.Series[Any]) -> Prompt:
+    """A prompt of a run, as it can be asked again."""
+    from moescope.probe.prompts import Prompt
+
+    names = ("key", "text", "set_name", "label", "lang", "domain", "pair_id", "target", "span",
+             "expected")  # fmt: skip
+    return Prompt(prompt_id=int(row["prompt_id"]), **{name: row[name] for name in names})
+
+
+def _rendering(run: state.ShownRun) -> dict[str, Any]:
+    """How the run's prompts became text, so that new ones become text the same way."""
+    arguments = run.info.manifest.get("arguments", {})
+    return {
+        "chat_template": arguments.get("chat_template", "auto"),
+        "system": arguments.get("system"),
+    }
+
+
+def _name(run: state.ShownRun) -> str:
+    return run.info.model if run.info.revision is None else f"{run.info.model}@{run.info.revision}"
+
+
+@st.cache_resource(show_spinner=False, max_entries=1)
+def _load(name: str, revision: str | None, dtype: str) -> LiveModel:
+    from moescope.probe.models import load_model
+
+    return LiveModel(load_model(name, revision=revision, dtype=dtype))

@@ -1,0 +1,116 @@
+"""Steering plans on pages: made from a contrast, shown, uploaded, handed to the steering page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import streamlit as st
+
+from moescope.app import state
+from moescope.app.views import layout
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moescope.probe.analysis import AnalysisTable
+    from moescope.steering import SteeringPlan
+
+_SCOPES: Final = {"all": "all tokens", "generated": "answer tokens", "prompt": "prompt tokens"}
+
+
+def show_maker(run: state.ShownRun, table: AnalysisTable) -> None:
+    """Make a plan of the experts of a contrast: how many to mask, then hand it over."""
+    st.subheader("Plan from these experts", anchor=False)
+    confirmed = state.num_experts_of_a(table, confirmed_only=True)
+    any_expert = state.num_experts_of_a(table, confirmed_only=False)
+    unconfirmed = False
+    if not confirmed:
+        unconfirmed = st.checkbox(
+            "Use experts that were not confirmed", key="unconfirmed", disabled=not any_expert,
+            help="No expert that group a uses more was confirmed; a plan of unconfirmed ones is a "
+            "guess, and its provenance says so.",
+        )  # fmt: skip
+    most = any_expert if unconfirmed else confirmed
+    if not most:
+        st.info("No expert that group a uses more was confirmed, so there is nothing to mask yet.")
+        return
+    number_column, scope_column, button_column, about = st.columns(
+        [1.4, 1.6, 1.2, 3], vertical_alignment="bottom"
+    )
+    with number_column:
+        number = st.number_input(
+            f"Experts to mask (of {most})", 1, most, min(8, most), key="num_mask",
+            help="Those that group a uses more, largest effect first.",
+        )  # fmt: skip
+    with scope_column:
+        scope = st.selectbox(
+            "On", list(_SCOPES), format_func=lambda name: _SCOPES[name], key="plan_scope"
+        )
+    with button_column:
+        if st.button("Make plan", type="primary", width="stretch", icon=":material/build:"):
+            state.keep_plan(state.plan_of(run, table, int(number), scope, not unconfirmed))
+    about.caption(
+        "Masking keeps the router from choosing these experts; the next best take their place."
+    )
+    plan = state.kept_plan()
+    if plan is None:
+        return
+    show_plan(plan, key="made")
+    if st.button("Steer with this plan", icon=":material/arrow_forward:", type="primary"):
+        st.switch_page("views/steering.py")
+
+
+def show_plan(plan: SteeringPlan, *, key: str) -> None:
+    """A plan as a table and as JSON, and its download."""
+    num_experts = sum(len(one.experts) for one in plan.interventions)
+    st.markdown(
+        f"**{layout.escaped(plan.title)}**: {num_experts} experts in "
+        f"{len(plan.interventions)} interventions, made for {layout.escaped(str(plan.model))} "
+        f":gray[(id {plan.plan_id})]"
+    )
+    layout.show_frame(plan_rows(plan), key=f"{key}_plan", name=plan.title, height=340)
+    text = plan.to_json()
+    st.download_button(
+        "Download plan",
+        data=text,
+        file_name="plan.json",
+        mime="application/json",
+        icon=":material/download:",
+        on_click="ignore",
+        key=f"{key}_plan_json",
+    )
+    with st.expander("JSON"):
+        st.code(text, language="json", height=320)
+
+
+def upload_plan() -> None:
+    """A plan file from the reader's machine becomes the plan at hand."""
+    file = st.file_uploader("Plan file", type="json", key="plan_file")
+    if file is None:
+        return
+    from moescope.steering import SteeringPlan
+
+    token = f"{file.file_id}"
+    if st.session_state.get("_uploaded") == token:
+        return
+    text = file.getvalue().decode("utf-8-sig", errors="replace")
+    state.keep_plan(SteeringPlan.parse(text, source=file.name))
+    st.session_state["_uploaded"] = token
+
+
+def plan_rows(plan: SteeringPlan) -> pd.DataFrame:
+    """One row per intervention."""
+    import pandas as pd
+
+    from moescope.steering.report import scope_in_words
+
+    rows: list[dict[str, Any]] = [
+        {
+            "layer": one.layer,
+            "action": one.setting,
+            "experts": ", ".join(str(expert) for expert in one.experts),
+            "tokens": scope_in_words(one.tokens),
+        }
+        for one in plan.interventions
+    ]
+    return pd.DataFrame(rows)

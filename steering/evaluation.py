@@ -1,0 +1,151 @@
+"""What an evaluation of a plan found: conditions, measured rows, changed answers, and its text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+import pandas as pd
+
+from moescope.probe.generation import Answer
+from moescope.probe.outcomes import OUTCOMES, Judgement
+from moescope.steering.generate import achieved_in_words
+from moescope.steering.plan import SteeringPlan
+from moescope.steering.report import SteeringReport
+from moescope.steering.side_effects import Divergence
+
+UNSTEERED: Final = "unsteered"
+STEERED: Final = "steered"
+UNLABELLED: Final = "unlabelled"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the model did under one plan, or under none; one entry per prompt.
+
+    Attributes:
+        name: `unsteered`, `steered`, or `control:random:SEED`.
+        plan: the plan applied.
+        answers: what the model wrote.
+        judgements: the outcomes.
+        report: requested against achieved routing while it wrote.
+        side_effects: by prompt index, of the neutral prompts.
+    """
+
+    name: str
+    plan: SteeringPlan | None
+    answers: tuple[Answer, ...]
+    judgements: tuple[Judgement, ...]
+    report: SteeringReport | None
+    side_effects: Mapping[int, Divergence]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangedAnswer:
+    """A prompt that the steered model answered otherwise than the unsteered one."""
+
+    prompt_id: int
+    key: str | None
+    group: str
+    lang: str | None
+    prompt: str
+    expected: str | None
+    before: str
+    after: str
+    outcome_before: str
+    outcome_after: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """An evaluation, ready to be shown and stored.
+
+    Attributes:
+        evaluation_id: of this evaluation, new each time.
+        created_at: when it was made.
+        plan: the plan judged.
+        conditions: unsteered, steered, then the controls.
+        frame: condition, group, metric, value, low, high, n.
+        examples: all answers that steering changed.
+        notes: what could not be measured, and why.
+        context: model, revision, set names, settings.
+    """
+
+    evaluation_id: str
+    created_at: datetime
+    plan: SteeringPlan
+    conditions: tuple[Condition, ...]
+    frame: pd.DataFrame
+    examples: tuple[ChangedAnswer, ...]
+    notes: tuple[str, ...]
+    context: Mapping[str, Any]
+
+    def value(self, condition: str, group: str, metric: str) -> float:
+        """One number of the frame; KeyError where it was not measured."""
+        frame = self.frame
+        rows = frame[
+            (frame["condition"] == condition)
+            & (frame["group"] == group)
+            & (frame["metric"] == metric)
+        ]
+        if rows.empty:
+            raise KeyError((condition, group, metric))
+        return float(rows["value"].iloc[0])
+
+    def lines(self) -> list[str]:
+        """The evaluation for people to read: outcomes, side effects, routing, notes."""
+        return [
+            *_outcome_lines(self),
+            *_side_effect_lines(self),
+            *_routing_lines(self),
+            *self.notes,
+        ]
+
+
+def _outcome_lines(result: EvaluationResult) -> list[str]:
+    lines: list[str] = []
+    controls = [one.name for one in result.conditions if one.name.startswith("control:")]
+    rows = [(UNSTEERED, [UNSTEERED]), (STEERED, [STEERED])]
+    if controls:
+        rows.append((f"random experts ({len(controls)} plans)", controls))
+    rates = result.frame[result.frame["metric"].isin(OUTCOMES)]
+    for group, found in rates.groupby("group", sort=True):
+        head = f"{group}, {found['n'].iloc[0]} prompts"
+        lines.append(f"{head:<26}" + "".join(f"{outcome:>14}" for outcome in OUTCOMES))
+        for title, names in rows:
+            cells = [
+                _span([result.value(name, str(group), outcome) for name in names])
+                for outcome in OUTCOMES
+            ]
+            lines.append(f"  {title:<24}" + "".join(f"{cell:>14}" for cell in cells))
+    return lines
+
+
+def _side_effect_lines(result: EvaluationResult) -> list[str]:
+    frame = result.frame[result.frame["metric"].isin(("kl_first", "kl_answer"))]
+    lines: list[str] = []
+    for group in sorted(set(frame["group"])):
+        parts = []
+        for metric, words in (("kl_first", "first token"), ("kl_answer", "answer")):
+            found = frame[(frame["group"] == group) & (frame["metric"] == metric)]
+            steered = found[found["condition"] == STEERED]["value"].tolist()
+            controls = found[found["condition"] != STEERED]["value"].tolist()
+            beside = f" (random {_span(controls, 4)})" if controls else ""
+            parts.append(f"{words} {_span(steered, 4)}{beside}")
+        lines.append(f"side effects on {group}: KL in nats, {', '.join(parts)}")
+    return lines
+
+
+def _routing_lines(result: EvaluationResult) -> list[str]:
+    return [
+        f"routing, {one.name}: {achieved_in_words(one.report)}"
+        for one in result.conditions
+        if one.report is not None
+    ]
+
+
+def _span(values: Sequence[float], digits: int = 2) -> str:
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low}–{high}"
