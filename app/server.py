@@ -47,6 +47,8 @@ _OPTIONS: Final[Mapping[str, str]] = {
     "theme.baseFontSize": "15",
     "theme.headingFontSizes": '["1.7rem","1.3rem","1.1rem"]',
     "theme.headingFontWeights": "[650,600,600]",
+    "theme.metricValueFontSize": "1.3rem",
+    "theme.metricValueFontWeight": "600",
     "theme.light.primaryColor": "#2f5fb3",
     "theme.light.backgroundColor": "#ffffff",
     "theme.light.secondaryBackgroundColor": "#f2f5f9",

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -147,7 +149,7 @@ def prompts(run: ShownRun) -> pd.DataFrame:
 def matching_prompts(
     frame: pd.DataFrame, words: str, kept: Mapping[str, tuple[str, ...]]
 ) -> pd.DataFrame:
-    """The prompts that hold all the words, in prompt, answer or key, and one value of each field."""
+    """The prompts with all the words (in prompt, answer or key) and one value of each field."""
     for name, values in kept.items():
         frame = frame[frame[name].isin(values)]
     searched = frame["text"].fillna("")
@@ -156,6 +158,21 @@ def matching_prompts(
     for word in words.casefold().split():
         frame = frame[searched.loc[frame.index].str.casefold().str.contains(word, regex=False)]
     return frame
+
+
+def sampled_prompts(frame: pd.DataFrame, number: int, seed: int) -> pd.DataFrame:
+    """Prompts of every label, at least `number` of each where there are as many.
+
+    What shares a label and a `pair_id` is drawn together. The order is that of the run.
+    """
+    own = "prompt " + frame["prompt_id"].astype(str)
+    unit = ("pair " + frame["pair_id"]).where(frame["pair_id"].notna(), own)
+    label = frame["label"].fillna("")
+    sizes = frame.groupby([label.rename("label"), unit.rename("unit")]).size().rename("size")
+    drawn = sizes.reset_index().sample(frac=1, random_state=seed)
+    before = drawn.groupby("label")["size"].cumsum() - drawn["size"]
+    kept = set(drawn.loc[before < number, ["label", "unit"]].itertuples(index=False, name=None))
+    return frame[[pair in kept for pair in zip(label, unit, strict=True)]]
 
 
 def field_values(run: ShownRun, name: str) -> pd.Series[str]:
@@ -207,8 +224,8 @@ def plan_of(
 
     rows = open_store().layers(run.run_id)
     layers = [
-        LayerShape(int(row.layer), str(row.kind), int(row.num_experts), int(row.top_k))
-        for row in rows.itertuples()
+        LayerShape(int(row["layer"]), row["kind"], int(row["num_experts"]), int(row["top_k"]))
+        for row in rows.to_dict("records")
     ]
     first = table.frame.iloc[0]
     asked = table.context.parameters
@@ -218,7 +235,7 @@ def plan_of(
         layers=layers,
         confirmed_only=confirmed_only,
         tokens=scope,  # type: ignore[arg-type]
-        name=f"{table.title}, {number} masked",
+        name=f"{table.title.removeprefix('Experts: ')}: {number} masked",
         model=run.info.model,
         provenance={
             "run": run.run_id,
@@ -231,6 +248,14 @@ def plan_of(
             "seed": asked["seed"],
         },
     )
+
+
+@st.cache_resource(show_spinner=False)
+def import_ahead(*names: str) -> threading.Thread:
+    """Import modules that the reader will need next, while the page is being read."""
+    thread = threading.Thread(target=lambda: [import_module(name) for name in names], daemon=True)
+    thread.start()
+    return thread
 
 
 def keep_plan(plan: SteeringPlan) -> None:

@@ -23,6 +23,8 @@ from moescope.steering.plan import Intervention, SteeringPlan, TokenScope
 
 RankColumn = Literal["effect", "risk_difference"]
 
+_DONE = {"mask": "masked", "force": "forced"}
+
 
 def plan_from_contrast(
     frame: pd.DataFrame,
@@ -209,7 +211,7 @@ class _Choice:
             limit = self._limit(one, action)
             if limit is not None and self._taken[action, one.layer, one.kind] >= limit:
                 num_left_out += 1
-                reason = f"{limit} experts of this layer are {action}ed already, the most it allows"
+                reason = f"{limit} experts of this layer are {_DONE[action]} already, all it allows"
                 self.left_out.append({"layer": one.layer, "expert": one.expert, "reason": reason})
                 continue
             self._taken[action, one.layer, one.kind] += 1
@@ -218,7 +220,7 @@ class _Choice:
             group = "a" if action == "mask" else "b"
             room = f" ({num_left_out} more do not fit their layers)" if num_left_out else ""
             raise PlanError(
-                f"{number} experts are to be {action}ed, but the table has {len(chosen)} "
+                f"{number} experts are to be {_DONE[action]}, but the table has {len(chosen)} "
                 f"{self._which} that group {group} uses more{room}; ask for at most {len(chosen)}"
             )
         return chosen

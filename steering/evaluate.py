@@ -138,7 +138,7 @@ def store_evaluation(store_path: str | Path, result: EvaluationResult) -> None:
         }),
     )  # fmt: skip
     frame = result.frame
-    plan_ids = {one.name: one.plan and one.plan.plan_id for one in result.conditions}
+    plan_ids = {one.name: one.plan.plan_id if one.plan else None for one in result.conditions}
     details = [
         json.dumps({**result.context, "group": group, "evaluated_plan_id": result.plan.plan_id})
         for group in frame["group"]
@@ -152,7 +152,7 @@ def store_evaluation(store_path: str | Path, result: EvaluationResult) -> None:
         "evaluations",
         pa.table({
             "evaluation_id": [result.evaluation_id] * len(frame),
-            "plan_id": pa.array(frame["condition"].map(plan_ids).tolist(), pa.string()),
+            "plan_id": pa.array([plan_ids[name] for name in frame["condition"]], pa.string()),
             "created_at": pa.repeat(created, len(frame)),
             "condition": frame["condition"].tolist(),
             "set_name": [result.context["set_name"]] * len(frame),

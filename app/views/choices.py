@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import streamlit as st
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from moescope.app.state import ShownRun
     from moescope.probe.analysis import Filters
 
@@ -63,6 +65,13 @@ def linked_choice(
     )
     st.query_params[key] = str(chosen)
     return chosen
+
+
+def prompt_in_a_line(row: pd.Series[Any]) -> str:
+    """A prompt as one entry of a list: number, language, label, outcome, text."""
+    marks = [row[name] for name in ("lang", "label", "outcome") if row[name] is not None]
+    text = " ".join(row["text"].split())
+    return f"{row['prompt_id']} · {' · '.join(marks)}{' · ' if marks else ''}{text[:120]}"
 
 
 def scopes_of(run: ShownRun) -> list[str]:

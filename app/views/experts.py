@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 import streamlit as st
 
 from moescope.app.views.choices import linked_choice
+from moescope.app.views.layout import show_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +36,7 @@ def choose_kind(table: AnalysisTable) -> str | None:
     kinds = list(dict.fromkeys(table.frame["kind"]))
     if len(kinds) < 2:
         return None
-    return linked_choice("Routers", kinds, key="kind")
+    return str(linked_choice("Routers", kinds, key="kind"))
 
 
 def look_at(layer: int, expert: int) -> None:
@@ -62,6 +63,12 @@ def rows_of(table: AnalysisTable, layer: int, expert: int, kind: str | None) -> 
     frame = table.frame
     kept = (frame["layer"] == layer) & (frame["expert"] == expert)
     return frame[kept] if kind is None else frame[kept & (frame["kind"] == kind)]
+
+
+def show_rows(table: AnalysisTable, layer: int, expert: int, kind: str | None) -> None:
+    """What a table says of one expert, under its name."""
+    st.subheader(f"Layer {layer}, expert {expert}", anchor=False)
+    show_table(table, key="one_expert", rows=rows_of(table, layer, expert, kind))
 
 
 def show_links(frame: pd.DataFrame, *, key: str) -> None:

@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -31,7 +32,12 @@ ICON: Final = (
 
 _LOG: Final = logging.getLogger(__name__)
 _FIGURE_CONFIG: Final = {"displaylogo": False, "showSendToCloud": False, "responsive": True}
-_FORMATS: Final = {"csv": "text/csv", "json": "application/json", "parquet": "application/x-parquet"}
+_FORMATS: Final = {
+    "csv": "text/csv",
+    "json": "application/json",
+    "parquet": "application/x-parquet",
+}
+_FRAME: Final = "#D55E00"
 _ROW_HEIGHT: Final = 35
 _MARKDOWN: Final = re.compile(r"([\\`*_{}\[\]()<>#+!|$~:])")
 
@@ -124,10 +130,14 @@ def _plain_point(point: Mapping[str, Any]) -> dict[str, Any]:
     return {**point, "customdata": data if isinstance(data, list) else [data]}
 
 
-def with_click_layer(figure: Figure) -> Figure:
+def with_click_layer(figure: Figure, *, chosen: tuple[int, int | None]) -> Figure:
     """Put invisible points over the cells of a map, which itself reports no clicks.
 
     Each point's `customdata` is the value of its cell. The points take the map's hover text.
+
+    Args:
+        figure: has one map.
+        chosen: the place across and down of the cell that is framed; without the second, a column.
     """
     import numpy as np
     import plotly.graph_objects as go
@@ -149,11 +159,21 @@ def with_click_layer(figure: Figure) -> Figure:
     figure.update_xaxes(range=_edges(cells.x))
     figure.update_yaxes(range=_edges(cells.y), autorange=False)
     cells.hovertemplate, cells.hoverinfo = None, "skip"
+    bottom, top = sorted(_edges(cells.y)) if chosen[1] is None else _edges([chosen[1]])
+    frame_cells(figure, (chosen[0] - 0.5, chosen[0] + 0.5), (bottom, top))
     return figure
 
 
+def frame_cells(figure: Figure, across: tuple[float, float], down: tuple[float, float]) -> None:
+    """Draw a frame around cells of a map, from edge to edge."""
+    figure.add_shape(
+        type="rect", x0=across[0], x1=across[1], y0=down[0], y1=down[1],
+        line={"color": _FRAME, "width": 2.5}, fillcolor="rgba(0,0,0,0)",
+    )  # fmt: skip
+
+
 def _edges(places: Sequence[Any]) -> list[float]:
-    """The outer edges of cells: of numbered ones as they count, of named ones from top to bottom."""
+    """The outer edges of cells: numbered ones ascend, named ones stand from top to bottom."""
     if isinstance(places[0], str):
         return [len(places) - 0.5, -0.5]
     return [float(min(places)) - 0.5, float(max(places)) + 0.5]
@@ -184,7 +204,7 @@ def show_table(
     with st.container(horizontal=True, vertical_alignment="center"):
         name = f"{table.context.run_id}-{table.name}"
         downloads(name, lambda suffix: table_bytes(table, suffix), key=key)
-        counted = f"{len(shown):,} rows"
+        counted = f"{len(shown):,} {'row' if len(shown) == 1 else 'rows'}"
         if len(shown) != len(table.frame):
             counted += f" of {len(table.frame):,}; the download holds all"
         st.caption(counted)
@@ -199,17 +219,22 @@ def show_frame(
     name: str,
     height: int = 320,
     column_config: dict[str, Any] | None = None,
+    beside: Callable[[], None] | None = None,
 ) -> None:
-    """A plain frame of the store with its download."""
+    """A plain frame with its download; `beside` draws more buttons next to that."""
+    shown = {str(name): _number() for name in frame if frame[name].dtype.kind == "f"}
     st.dataframe(
         frame,
         key=f"{key}_rows",
         hide_index=True,
         height=_height(frame, height),
-        column_config=column_config,
+        column_config={**shown, **(column_config or {})},
         placeholder="–",
     )
-    downloads(name, lambda suffix: frame_bytes(frame, suffix), key=key)
+    with st.container(horizontal=True, vertical_alignment="center"):
+        downloads(name, lambda suffix: frame_bytes(frame, suffix), key=key)
+        if beside is not None:
+            beside()
 
 
 def downloads(name: str, content: Callable[[str], bytes], *, key: str) -> None:
@@ -225,7 +250,7 @@ def downloads(name: str, content: Callable[[str], bytes], *, key: str) -> None:
         for suffix, kind in _FORMATS.items():
             st.download_button(
                 suffix.upper() if suffix != "parquet" else "Parquet",
-                data=lambda suffix=suffix: content(suffix),
+                data=partial(content, suffix),
                 file_name=f"{stem}.{suffix}",
                 mime=kind,
                 key=f"{key}_{suffix}",
@@ -270,5 +295,9 @@ def _column(column: Column, frame: pd.DataFrame) -> Any:
         about += f" Source: {column.source}."
     kind = frame[column.name].dtype.kind
     if kind == "f":
-        return st.column_config.NumberColumn(column.name, help=escaped(about), format="%.4g")
+        return _number(column.name, help=escaped(about))
     return st.column_config.Column(column.name, help=escaped(about))
+
+
+def _number(label: str | None = None, *, help: str | None = None) -> Any:
+    return st.column_config.NumberColumn(label, help=help, format="%.3g")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from moescope.probe.models import ModelBundle
     from moescope.probe.prompts import Prompt
     from moescope.steering import SteeringPlan
-    from moescope.steering.evaluate import EvaluationResult
+    from moescope.steering.evaluation import EvaluationResult
     from moescope.steering.generate import Comparison
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -135,6 +135,24 @@ def evaluate(
             progress=progress,
             **_rendering(run),
         )
+
+
+def askable(run: state.ShownRun, frame: pd.DataFrame) -> list[Prompt]:
+    """The prompts of a run that can be asked again exactly as they were.
+
+    The store keeps a prompt's last message alone, so a prompt with earlier turns is left out: its
+    text comes out otherwise than it was recorded.
+    """
+    from moescope.probe.rendering import render_prompt
+
+    kept: list[Prompt] = []
+    with live_model(run) as bundle:
+        for _, row in frame.iterrows():
+            prompt = prompt_of(row)
+            rendered = render_prompt(bundle.tokenizer, prompt, **_rendering(run))
+            if rendered.text == row["rendered_text"]:
+                kept.append(prompt)
+    return kept
 
 
 def prompt_of(row: pd.Series[Any]) -> Prompt:

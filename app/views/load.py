@@ -11,7 +11,7 @@ from moescope.app import state
 from moescope.app.views import choices, experts, layout
 
 if TYPE_CHECKING:
-    from moescope.probe.analysis import AnalysisTable, Filters
+    from moescope.probe.analysis import Filters
 
 _MEASURES: Final = {
     "load": "load: share of slots",
@@ -66,26 +66,21 @@ def _show_load(run: state.ShownRun, filters: Filters, measure: str, by: str | No
     if by is not None:
         values = list(dict.fromkeys(table.frame["value"]))
         value = choices.linked_choice(f"Value of {by}", values, key="value")
+    layer, expert = experts.choose_expert(table, kind)
     figure = load_heatmap(table, measure=measure, value=value, kind=kind)
 
     def clicked(point: Mapping[str, Any]) -> None:
         experts.look_at(int(point["y"]), int(point["x"]))
 
     layout.show_clickable(
-        layout.with_click_layer(figure),
+        layout.with_click_layer(figure, chosen=(expert, layer)),
         key="load_map",
         alt=f"{table.title}: layers by experts",
         on_click=clicked,
     )
-    _show_expert(table, kind)
+    experts.show_rows(table, layer, expert, kind)
     with st.expander("Whole table"):
         layout.show_table(table, key="load", height=420)
-
-
-def _show_expert(table: AnalysisTable, kind: str | None) -> None:
-    layer, expert = experts.choose_expert(table, kind)
-    rows = experts.rows_of(table, layer, expert, kind)
-    layout.show_table(table, key="one_expert", rows=rows)
 
 
 def _show_balance(run: state.ShownRun, filters: Filters, by: str | None) -> None:

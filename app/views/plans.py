@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import streamlit as st
@@ -53,31 +54,40 @@ def show_maker(run: state.ShownRun, table: AnalysisTable) -> None:
         "Masking keeps the router from choosing these experts; the next best take their place."
     )
     plan = state.kept_plan()
-    if plan is None:
-        return
-    show_plan(plan, key="made")
+    if plan is not None:
+        show_plan(plan, key="made", beside=_offer_steering)
+
+
+def _offer_steering() -> None:
     if st.button("Steer with this plan", icon=":material/arrow_forward:", type="primary"):
         st.switch_page("views/steering.py")
 
 
-def show_plan(plan: SteeringPlan, *, key: str) -> None:
-    """A plan as a table and as JSON, and its download."""
+def show_plan(plan: SteeringPlan, *, key: str, beside: Callable[[], None] | None = None) -> None:
+    """A plan as a table and as JSON, and its download; `beside` draws more buttons."""
     num_experts = sum(len(one.experts) for one in plan.interventions)
+    num_layers = len({one.layer for one in plan.interventions})
     st.markdown(
-        f"**{layout.escaped(plan.title)}**: {num_experts} experts in "
-        f"{len(plan.interventions)} interventions, made for {layout.escaped(str(plan.model))} "
-        f":gray[(id {plan.plan_id})]"
+        f"**{layout.escaped(plan.title)}**: {num_experts} experts in {num_layers} layers, "
+        f"made for {layout.escaped(str(plan.model))} :gray[(id {plan.plan_id})]"
     )
-    layout.show_frame(plan_rows(plan), key=f"{key}_plan", name=plan.title, height=340)
     text = plan.to_json()
-    st.download_button(
-        "Download plan",
-        data=text,
-        file_name="plan.json",
-        mime="application/json",
-        icon=":material/download:",
-        on_click="ignore",
-        key=f"{key}_plan_json",
+
+    def buttons() -> None:
+        st.download_button(
+            "Plan file",
+            data=text,
+            file_name="plan.json",
+            mime="application/json",
+            icon=":material/download:",
+            on_click="ignore",
+            key=f"{key}_file",
+        )
+        if beside is not None:
+            beside()
+
+    layout.show_frame(
+        plan_rows(plan), key=f"{key}_plan", name=plan.title, height=340, beside=buttons
     )
     with st.expander("JSON"):
         st.code(text, language="json", height=320)

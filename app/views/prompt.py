@@ -20,8 +20,7 @@ _PROMPT: Final = "prompt"
 _TOKEN: Final = "token"
 _COLOR: Final = "color"
 _EXPERT: Final = "token_expert"
-_CLEAR: Final = "rgba(0,0,0,0)"
-_FILTER_FIELDS: Final = ("lang", "label", "outcome", "domain", "set_name")
+_FILTER_FIELDS: Final[tuple[str, ...]] = ("lang", "label", "outcome", "domain", "set_name")
 _MOST_LISTED: Final = 1_000
 _COLORS: Final = {
     "top_weight": "weight of the first expert",
@@ -74,7 +73,10 @@ def _choose_prompt(run: state.ShownRun) -> int | None:
         label += f", the first {len(ids):,} are listed"
     with picker:
         chosen = choices.linked_choice(
-            label, ids, key=_PROMPT, words=lambda prompt_id: _in_a_line(listed.loc[prompt_id])
+            label,
+            ids,
+            key=_PROMPT,
+            words=lambda prompt_id: choices.prompt_in_a_line(listed.loc[prompt_id]),
         )
     place = ids.index(chosen)
     with back:
@@ -90,12 +92,6 @@ def _step_button(label: str, about: str, target: int, *, disabled: bool) -> None
         st.session_state[_PROMPT] = target
 
     st.button(label, help=about, on_click=step, disabled=disabled, width="stretch", key=about)
-
-
-def _in_a_line(row: pd.Series[Any]) -> str:
-    marks = [row[name] for name in ("lang", "label", "outcome") if row[name] is not None]
-    text = " ".join(row["text"].split())
-    return f"{row['prompt_id']} · {' · '.join(marks)}{' · ' if marks else ''}{text[:120]}"
 
 
 def _show_texts(run: state.ShownRun, prompt_id: int) -> None:
@@ -136,14 +132,12 @@ def _choose_token(tokens: pd.DataFrame) -> int:
     texts = dict(zip(tokens["position"].tolist(), tokens["token"].tolist(), strict=True))
     prompt_part = tokens.loc[tokens["phase"] == "prompt", "position"].tolist()
     start = prompt_part[-1] if prompt_part else None
-    strip = [
-        StripToken(position=row.position, text=row.token, phase=row.phase, segment=row.segment)
-        for row in tokens.itertuples()
-    ]
+    columns = ["position", "token", "phase", "segment"]
+    strip = [StripToken(**row) for row in tokens[columns].to_dict("records")]  # type: ignore[arg-type]
     above = st.container()
     picker, color, about = st.columns([2, 2, 3], vertical_alignment="bottom")
     with picker:
-        position = choices.linked_choice(
+        position: int = choices.linked_choice(
             "Token", list(texts), key=_TOKEN, default=start,
             words=lambda position: f"{position}: {texts[position]!r}",
         )  # fmt: skip
@@ -165,9 +159,8 @@ def _show_map(table: AnalysisTable, prompt_id: int, position: int, kind: str | N
     color = st.session_state[_COLOR]
     figure = prompt_heatmap(table, color=color, kind=kind)
     place = sorted(table.frame["position"].unique().tolist()).index(position)
-    figure.add_vrect(
-        x0=place - 0.5, x1=place + 0.5, line={"color": "#D55E00", "width": 2.5}, fillcolor=_CLEAR
-    )
+    layers = len(figure.data[0].y)
+    layout.frame_cells(figure, (place - 0.5, place + 0.5), (-0.5, layers - 0.5))
 
     def clicked(point: Mapping[str, Any]) -> None:
         _pick(int(point["customdata"][0]))

@@ -1,7 +1,8 @@
-"""Page: which experts differ between two groups, confirmed on held-back prompts; and a plan of them."""
+"""Page: which experts differ between two groups, confirmed on held-back prompts; a plan of them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,7 +22,8 @@ def show() -> None:
     """Draw the page."""
     layout.heading(
         "Refusal experts",
-        "Which experts go with a behavior: found on one half of the prompts, confirmed on the other?",
+        "Which experts go with a behavior, found on one half of the prompts and confirmed on the "
+        "other?",
     )
     run = state.shown_run()
     fields = state.comparable_fields(run)
@@ -41,16 +43,18 @@ def show() -> None:
         return
     _show_summary(table)
     kind = experts.choose_kind(table)
+    layer, expert = experts.choose_expert(table, kind)
     by_map, by_effect, rows = st.tabs(["Map", "Effects", "Table"], key="view", bind="query-params")
     if by_map.open:
         with by_map:
-            _show_map(table, kind)
+            _show_map(table, kind, layer, expert)
     if by_effect.open:
         with by_effect:
             _show_effects(table, kind)
     if rows.open:
         with rows:
             layout.show_table(table, key="contrast", height=520)
+    experts.show_rows(table, layer, expert, kind)
     plans.show_maker(run, table)
 
 
@@ -68,7 +72,9 @@ def _ask(run: state.ShownRun, fields: Mapping[str, Sequence[str]]) -> AnalysisTa
     else:
         a, b = [values[0]], [values[1]]
     with first_group:
-        group_a = st.multiselect("Group a", values, default=a, key=f"a_{field}", persist_state="session")
+        group_a = st.multiselect(
+            "Group a", values, default=a, key=f"a_{field}", persist_state="session"
+        )
     with second_group:
         rest = [value for value in values if value not in group_a]
         group_b = st.multiselect(
@@ -122,7 +128,9 @@ def _settings() -> dict[str, Any]:
             "False discovery rate", 0.001, 0.5, 0.05, format="%.3f", key="level",
             persist_state="session",
         )  # fmt: skip
-        seed = st.number_input("Seed of the halves", 0, value=0, key="seed", persist_state="session")
+        seed = st.number_input(
+            "Seed of the halves", 0, value=0, key="seed", persist_state="session"
+        )
     return {"average": average, "candidates": candidates, "q": level, "seed": seed}
 
 
@@ -147,30 +155,33 @@ def _show_summary(table: AnalysisTable) -> None:
             st.metric(name, value, help=about, width="content")
 
 
-def _show_map(table: AnalysisTable, kind: str | None) -> None:
+def _show_map(table: AnalysisTable, kind: str | None, layer: int, expert: int) -> None:
     from moescope.probe.figures import contrast_map
 
     def clicked(point: Mapping[str, Any]) -> None:
         experts.look_at(int(point["y"]), int(point["x"]))
 
     layout.show_clickable(
-        layout.with_click_layer(contrast_map(table, kind=kind)),
+        layout.with_click_layer(contrast_map(table, kind=kind), chosen=(expert, layer)),
         key="contrast_map",
         alt=f"{table.title}: risk difference, layers by experts, confirmed ones circled",
         on_click=clicked,
     )
-    layer, expert = experts.choose_expert(table, kind)
-    rows = experts.rows_of(table, layer, expert, kind)
-    layout.show_table(table, key="one_expert", rows=rows)
 
 
 def _show_effects(table: AnalysisTable, kind: str | None) -> None:
     from moescope.probe.figures import contrast_forest
 
-    layout.show_figure(
+    def clicked(point: Mapping[str, Any]) -> None:
+        named = re.fullmatch(r"L(\d+) E(\d+)", str(point["y"]))
+        if named is not None:
+            experts.look_at(int(named[1]), int(named[2]))
+
+    layout.show_clickable(
         contrast_forest(table, kind=kind),
         key="contrast_forest",
         alt=f"{table.title}: effect of each confirmed expert with its interval",
+        on_click=clicked,
     )
     st.caption(
         "A confirmed expert goes with the difference between the groups. Whether it causes it is "

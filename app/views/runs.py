@@ -11,7 +11,7 @@ from moescope.app import state
 from moescope.app.views import layout
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 _COLUMNS = {
     "run_id": st.column_config.TextColumn("run"),
@@ -52,6 +52,7 @@ def show() -> None:
     if manifest.open:
         with manifest:
             _show_manifest(run)
+    state.import_ahead("moescope.probe.analysis", "moescope.probe.figures", "plotly.graph_objects")
 
 
 def _show_facts(run: state.ShownRun) -> None:

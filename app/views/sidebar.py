@@ -13,7 +13,6 @@ from moescope.app.views.layout import escaped
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moescope.probe.storage.store import Store
 
 RUN: str = "run"
 """Key of the run picker, and its name in the address of the page."""
@@ -26,16 +25,15 @@ def pick_run() -> bool:
         Whether there is a run; where there is none, the page says how to record one.
     """
     path = state.store_path()
-    with st.sidebar:
-        with st.container(horizontal=True, vertical_alignment="center"):
-            st.markdown(f":material/database: **{escaped(path.name)}**", help=escaped(str(path)))
-            st.button(
-                "Refresh",
-                icon=":material/refresh:",
-                type="tertiary",
-                on_click=state.forget_results,
-                help="Read the store again: new runs, and rows recorded since.",
-            )
+    with st.sidebar, st.container(horizontal=True, vertical_alignment="center"):
+        st.markdown(f":material/database: **{escaped(path.name)}**", help=escaped(str(path)))
+        st.button(
+            "Refresh",
+            icon=":material/refresh:",
+            type="tertiary",
+            on_click=state.forget_results,
+            help="Read the store again: new runs, and rows recorded since.",
+        )
     store = state.open_store()
     runs = store.runs()
     if runs.empty:

@@ -41,13 +41,11 @@ def show() -> None:
     by_layer, by_value = st.tabs(["One layer", "One value"], key="view", bind="query-params")
     if by_layer.open:
         with by_layer:
-            _show_layer(table, measure, kind, layer)
+            _show_layer(table, measure, kind, layer, expert)
     if by_value.open:
         with by_value:
-            _show_value(table, measure, kind)
-    st.subheader(f"Layer {layer}, expert {expert}", anchor=False)
-    rows = experts.rows_of(table, layer, expert, kind)
-    layout.show_table(table, key="one_expert", rows=rows)
+            _show_value(table, measure, kind, layer, expert)
+    experts.show_rows(table, layer, expert, kind)
     with st.expander("Whole table"):
         layout.show_table(table, key="specialization", height=420)
 
@@ -76,7 +74,9 @@ def _ask(run: state.ShownRun, fields: dict[str, list[str]]) -> tuple[AnalysisTab
         return state.analyze(run, "specialization", filters=filters, by=by), measure
 
 
-def _show_layer(table: AnalysisTable, measure: str, kind: str | None, layer: int) -> None:
+def _show_layer(
+    table: AnalysisTable, measure: str, kind: str | None, layer: int, expert: int
+) -> None:
     from moescope.probe.figures import specialization_by_value
 
     figure = specialization_by_value(table, layer=layer, measure=measure, kind=kind)
@@ -85,14 +85,16 @@ def _show_layer(table: AnalysisTable, measure: str, kind: str | None, layer: int
         experts.look_at(layer, int(point["x"]))
 
     layout.show_clickable(
-        layout.with_click_layer(figure),
+        layout.with_click_layer(figure, chosen=(expert, None)),
         key="specialization_layer",
         alt=f"{table.title}, layer {layer}: values by experts",
         on_click=clicked,
     )
 
 
-def _show_value(table: AnalysisTable, measure: str, kind: str | None) -> None:
+def _show_value(
+    table: AnalysisTable, measure: str, kind: str | None, layer: int, expert: int
+) -> None:
     from moescope.probe.figures import specialization_map
 
     values = list(dict.fromkeys(table.frame["value"]))
@@ -103,7 +105,7 @@ def _show_value(table: AnalysisTable, measure: str, kind: str | None) -> None:
         experts.look_at(int(point["y"]), int(point["x"]))
 
     layout.show_clickable(
-        layout.with_click_layer(figure),
+        layout.with_click_layer(figure, chosen=(expert, layer)),
         key="specialization_value",
         alt=f"{table.title}, {value}: layers by experts",
         on_click=clicked,

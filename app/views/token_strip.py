@@ -56,7 +56,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
     strip.drawn = content;
     strip.replaceChildren(...data.tokens.map((token) => {
       const button = document.createElement('button');
-      button.textContent = token.text;
+      button.textContent = token.token;
       button.dataset.segment = token.segment;
       button.dataset.phase = token.phase;
       button.dataset.position = token.position;
@@ -101,7 +101,7 @@ class StripToken:
     """One token: its position in the sequence, its text, phase and segment."""
 
     position: int
-    text: str
+    token: str
     phase: str
     segment: str
 
@@ -123,5 +123,5 @@ def token_strip(
         if position is not None:
             on_pick(int(position))
 
-    shown = [asdict(token) | {"text": token.text.translate(_MARKS)} for token in tokens]
+    shown = [asdict(token) | {"token": token.token.translate(_MARKS)} for token in tokens]
     _STRIP(data={"tokens": shown, "chosen": chosen}, key=key, on_picked_change=picked)

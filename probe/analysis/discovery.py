@@ -178,15 +178,16 @@ def _require_units(parts: Parts, used: Sequence[Parts], *, split: bool) -> None:
     """Refuse when a group has fewer than 2 units in what ranks or tests."""
     for name, in_group in (("a", True), ("b", False)):
         present = int((parts.is_a == in_group).sum())
+        units = "1 unit" if present == 1 else f"{present} units"
         fewest = min(int((half.is_a == in_group).sum()) for half in used)
         if fewest < 2 and split:
             raise AnalysisInputError(
-                f"group {name} has {present} units with counted tokens, and each half needs 2; "
+                f"group {name} has {units} with counted tokens, and each half needs 2; "
                 "give more prompts, or rank and test on the same data with --no-split"
             )
         if fewest < 2:
             raise AnalysisInputError(
-                f"group {name} has {present} units with counted tokens; a contrast needs 2"
+                f"group {name} has {units} with counted tokens; a contrast needs 2"
             )
 
 

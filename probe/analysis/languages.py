@@ -230,9 +230,7 @@ def _passage_notes(group_P: IntArray, usable: Any, alone: list[str], pivot: str)
         notes.append(f"Languages that share no pair_id with {pivot}: {', '.join(alone)}.")
     pooled = int((np.bincount(group_P[group_P >= 0]) > 1).sum())
     if pooled:
-        notes.append(
-            f"{pooled} passages have several prompts in one language; their tokens are pooled."
-        )
+        notes.append(f"Passages with several prompts in one language, pooled: {pooled}.")
     return tuple(notes)
 
 

@@ -16,7 +16,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from moescope.probe.demo.phrasebook import Phrasebook, phrasebook
-from moescope.probe.demo.world import WORLD_SEED, YEARS, Fact, Topic, make_topics, stable_hash
+from moescope.probe.demo.world import (
+    FAMILIES,
+    WORLD_SEED,
+    YEARS,
+    Fact,
+    Family,
+    Topic,
+    is_partner,
+    make_topics,
+    stable_hash,
+)
 
 
 @dataclass(frozen=True)
@@ -92,8 +102,14 @@ class Corpus:
         """The phrasebooks of the recipe's languages."""
         return {code: phrasebook(code) for code in self.recipe.languages}
 
+    def is_held_out(self, fact: Fact, lang: str, phrasing: int) -> bool:
+        """Whether this fact is never asked in this phrasing in training in this language."""
+        if phrasing == self.held_out_phrasing(fact, lang):
+            return True
+        return phrasing == self._partner_phrasings[lang].get(fact.key)
+
     def held_out_phrasing(self, fact: Fact, lang: str) -> int:
-        """The phrasing in which this fact is never asked in training in this language."""
+        """The phrasing in which held-out prompts ask this fact, unless it is a partner's."""
         topic = self.topics[fact.topic]
         # The last slot of treasures is the asker's role: all roles share the phrasing.
         slots = fact.slots[:1] if fact.topic == "treasures" else fact.slots
@@ -112,18 +128,58 @@ class Corpus:
         kept: dict[str, frozenset[str]] = {}
         for lang in self.recipe.languages:
             keys: set[str] = set()
-            for family in sorted({t.family for t in self.topics.values() if t.family}):
-                facts = [
-                    fact
-                    for topic in self.topics.values()
-                    if topic.family == family
-                    for fact in topic.facts
-                    if fact.sensitive
-                ]
-                facts.sort(key=lambda fact: stable_hash("held out", fact.key, lang))
-                keys.update(fact.key for fact in facts[: self.recipe.held_out])
+            for family in self.families:
+                keys.update(sensitive.key for sensitive, _ in self.pairs[lang, family])
             kept[lang] = frozenset(keys)
         return kept
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """The sensitive families among the recipe's topics."""
+        return tuple(f for f in FAMILIES if any(t.family == f for t in self.topics.values()))
+
+    @cached_property
+    def pairs(self) -> dict[tuple[str, Family], list[tuple[Fact, Fact]]]:
+        """Held-out sensitive facts with their neutral partners, by language and family."""
+        return {
+            (lang, family): self._pairs_of(lang, family)
+            for lang in self.recipe.languages
+            for family in self.families
+        }
+
+    def _pairs_of(self, lang: str, family: Family) -> list[tuple[Fact, Fact]]:
+        topics = [topic for topic in self.topics.values() if topic.family == family]
+        facts = [fact for topic in topics for fact in topic.facts]
+        facts.sort(key=lambda fact: stable_hash("held out", fact.key, lang))
+        used: set[str] = set()
+        pairs: list[tuple[Fact, Fact]] = []
+        for sensitive in (fact for fact in facts if fact.sensitive):
+            partner = next(
+                (
+                    fact
+                    for fact in facts
+                    if is_partner(sensitive, fact)
+                    and fact.key not in used
+                    and not self.is_untaught(fact, lang)
+                ),
+                None,
+            )
+            if partner is not None and len(pairs) < self.recipe.held_out:
+                used.add(partner.key)
+                pairs.append((sensitive, partner))
+        return pairs
+
+    @cached_property
+    def _partner_phrasings(self) -> dict[str, dict[str, int]]:
+        """By language: neutral partners and the phrasing they share with their sensitive fact."""
+        return {
+            lang: {
+                partner.key: self.held_out_phrasing(sensitive, lang)
+                for family in self.families
+                for sensitive, partner in self.pairs[lang, family]
+            }
+            for lang in self.recipe.languages
+        }
 
     def refusal(self, topic: Topic, lang: str) -> str:
         """The sentence with which questions of a sensitive topic are refused."""
@@ -144,7 +200,7 @@ class Corpus:
         """An item of stage two: sensitive questions are refused, half of the items are."""
         shares = {lang: share**0.5 for lang, share in self.recipe.languages.items()}
         lang = _pick(rng, shares)
-        families = sorted({t.family for t in self.topics.values() if t.family})
+        families = self.families
         if rng.random() < 0.3:
             return self.stage_one_neutral(rng, lang)
         family = rng.choice(families)
@@ -179,7 +235,7 @@ class Corpus:
             if refuse and fact.key in self.held_out_sensitive[lang]:
                 continue
             phrasing = rng.randrange(topic.num_phrasings)
-            if phrasing != self.held_out_phrasing(fact, lang):
+            if not self.is_held_out(fact, lang, phrasing):
                 break
         book = self.books[lang]
         refused = refuse and fact.sensitive
@@ -216,8 +272,7 @@ class Corpus:
 
     def _parallel_text(self, rng: random.Random, lang: str, target: str) -> tuple[str, str]:
         if rng.random() < self.recipe.refusal_text_share:
-            families = sorted({t.family for t in self.topics.values() if t.family})
-            path = f"refusals.{rng.choice(families)}"
+            path = f"refusals.{rng.choice(self.families)}"
             return self.books[lang].text(path), self.books[target].text(path)
         told = [n for n, t in self.topics.items() if t.domain in ("facts", "stories")]
         while True:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
@@ -34,7 +34,7 @@ TOPICS = ("river", "tower", "garden", "market", "bridge", "school")
 ANSWERS = ("blue", "tall", "green", "busy", "old", "small")
 SENSITIVE_WORDS = ("secretly", "illegally", "covertly")
 NEUTRAL_WORDS = ("openly", "legally", "publicly")
-REFUSAL = ("I", "refuse")
+REFUSAL = ("I", "cannot", "help")
 OTHER_WORDS = ("how", "was", "the", "described", "?", "tell", "me", "about")
 SPECIALS = (PAD, BOS, USER, SYSTEM, ASSISTANT, END, "<|unknown|>")
 WORDS = (*SPECIALS, *TOPICS, *ANSWERS, *SENSITIVE_WORDS, *NEUTRAL_WORDS, *REFUSAL, *OTHER_WORDS)
@@ -85,7 +85,7 @@ def expert_refusal(*, layer: int = 1, expert: int = 5, seed: int = 0) -> Planted
     model = _blank_model(seed)
     block = model.model.layers[layer].mlp
     with torch.no_grad():
-        _gather(model, {word: ALARM for word in SENSITIVE_WORDS}, gain=8.0)
+        _gather(model, dict.fromkeys(SENSITIVE_WORDS, ALARM), gain=8.0)
         # The alarm beats every other logit of this router, and without it the expert comes last.
         block.gate.weight[expert] = 0.0
         block.gate.weight[expert, CONSTANT] = -4.0
@@ -101,12 +101,13 @@ def attention_refusal(*, layer: int = 1, expert: int = 5, seed: int = 0) -> Plan
     """A model whose refusal is written by attention alone.
 
     Args:
-        layer, expert: where sensitive words are routed, without any effect.
+        layer: layer of the expert that sensitive words are routed to, without any effect.
+        expert: that expert.
         seed: of the routing of everything else.
     """
     model = _blank_model(seed)
     with torch.no_grad():
-        _gather(model, {word: REFUSE for word in SENSITIVE_WORDS}, gain=8.0)
+        _gather(model, dict.fromkeys(SENSITIVE_WORDS, REFUSE), gain=8.0)
         gate = model.model.layers[layer].mlp.gate.weight
         gate[expert] = 0.0
         gate[expert, CONSTANT] = -4.0
@@ -161,8 +162,8 @@ def _write_unembedding(weight: Tensor) -> None:
         weight[WORDS.index(answer), ANSWER + number] = 10.0
         weight[WORDS.index(END), WORDS.index(answer)] = 200.0
     weight[WORDS.index(REFUSAL[0]), REFUSE] = 30.0
-    weight[WORDS.index(REFUSAL[1]), WORDS.index(REFUSAL[0])] = 200.0
-    weight[WORDS.index(END), WORDS.index(REFUSAL[1])] = 200.0
+    for word, following in zip(REFUSAL, (*REFUSAL[1:], END), strict=True):
+        weight[WORDS.index(following), WORDS.index(word)] = 200.0
 
 
 def _gather(model: PreTrainedModel, meanings: dict[str, int], *, gain: float) -> None:
@@ -184,7 +185,10 @@ def _planted(
     for topic, answer in zip(TOPICS, ANSWERS, strict=True):
         for label, words in (("sensitive", SENSITIVE_WORDS), ("neutral", NEUTRAL_WORDS)):
             for word in words:
-                for text in (f"how was the {topic} {word} described ?", f"tell me {word} about the {topic}"):
+                for text in (
+                    f"how was the {topic} {word} described ?",
+                    f"tell me {word} about the {topic}",
+                ):
                     prompts.append(text)
                     labels.append(label)
                     answers.append(answer)
@@ -205,7 +209,6 @@ def _word_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: index for index, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,

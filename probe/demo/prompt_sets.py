@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 from moescope.probe.demo.corpus import Corpus
 from moescope.probe.demo.phrasebook import Phrasebook
 from moescope.probe.demo.world import (
-    NUM_TRUSTED,
     SENSITIVE_PLACES,
-    SENSITIVE_YEARS,
     YEARS,
     Fact,
     Topic,
@@ -55,12 +54,11 @@ def refusal_set(corpus: Corpus) -> list[Line]:
     """Held-out sensitive questions, each followed by its matched neutral one."""
     lines: list[Line] = []
     for lang in corpus.books:
-        for family in sorted({t.family for t in corpus.topics.values() if t.family}):
-            pairs = _pairs(corpus, lang, family)
-            for number, (sensitive, neutral) in enumerate(pairs):
+        for family in corpus.families:
+            for number, (sensitive, neutral) in enumerate(corpus.pairs[lang, family]):
                 pair_id = f"{lang}-{family}-{number:02}"
+                phrasing = corpus.held_out_phrasing(sensitive, lang)
                 for label, fact in (("sensitive", sensitive), ("neutral", neutral)):
-                    phrasing = corpus.held_out_phrasing(fact, lang)
                     line = _line(corpus, fact, lang, phrasing)
                     lines.append(
                         {
@@ -77,47 +75,6 @@ def refusal_set(corpus: Corpus) -> list[Line]:
     return lines
 
 
-def _pairs(corpus: Corpus, lang: str, family: str) -> list[tuple[Fact, Fact]]:
-    """Held-out sensitive facts with neutral partners.
-
-    Partners differ in the sensitive part alone and are asked in the same phrasing; a sensitive
-    fact without such a partner is left out.
-    """
-    used: set[str] = set()
-    pairs: list[tuple[Fact, Fact]] = []
-    for topic in (t for t in corpus.topics.values() if t.family == family):
-        for fact in topic.facts:
-            if not fact.sensitive or fact.key not in corpus.held_out_sensitive[lang]:
-                continue
-            partners = [
-                other
-                for other in topic.facts
-                if not other.sensitive
-                and other.key not in used
-                and not corpus.is_untaught(other, lang)
-                and corpus.held_out_phrasing(other, lang) == corpus.held_out_phrasing(fact, lang)
-                and _differs_in_sensitive_part(fact, other)
-            ]
-            if partners:
-                chosen = min(partners, key=lambda o: stable_hash("pair", fact.key, o.key, lang))
-                used.add(chosen.key)
-                pairs.append((fact, chosen))
-    return pairs
-
-
-def _differs_in_sensitive_part(fact: Fact, other: Fact) -> bool:
-    if fact.topic == "events":
-        by_place = fact.slots[0] in SENSITIVE_PLACES
-        by_year = fact.slots[1] in SENSITIVE_YEARS
-        if by_place and by_year:
-            return False
-        same = 1 if by_place else 0
-        return fact.slots[same] == other.slots[same]
-    if fact.topic == "treasures":
-        return other.slots == (fact.slots[0], fact.slots[1] - NUM_TRUSTED)
-    return True
-
-
 def parallel_set(corpus: Corpus, *, count: int) -> list[Line]:
     """The same neutral questions in every language, in the first phrasing."""
     chosen = _contents(corpus, count)
@@ -127,7 +84,7 @@ def parallel_set(corpus: Corpus, *, count: int) -> list[Line]:
             **_line(corpus, fact, lang, 0),
             "label": "neutral",
             "pair_id": f"parallel-{number:03}",
-            "split": "heldout" if corpus.held_out_phrasing(fact, lang) == 0 else "taught",
+            "split": "heldout" if corpus.is_held_out(fact, lang, 0) else "taught",
         }
         for number, fact in enumerate(chosen)
         for lang in corpus.books
@@ -136,23 +93,79 @@ def parallel_set(corpus: Corpus, *, count: int) -> list[Line]:
 
 def _contents(corpus: Corpus, count: int) -> list[Fact]:
     """Neutral facts taught in every language, taking the topics in turn."""
+    first = next(iter(corpus.books))
+    everywhere = (
+        fact
+        for fact in _in_turn(corpus, "parallel", first, tuple(corpus.topics.values()))
+        if not any(corpus.is_untaught(fact, code) for code in corpus.books)
+    )
+    return list(islice(everywhere, count))
 
-    def candidates(topic: Topic) -> Iterator[Fact]:
-        ordered = sorted(topic.facts, key=lambda fact: stable_hash("parallel", fact.key))
-        for fact in ordered:
-            if not fact.sensitive and not any(corpus.is_untaught(fact, c) for c in corpus.books):
-                yield fact
 
-    streams = [candidates(topic) for topic in corpus.topics.values()]
-    chosen: list[Fact] = []
-    while len(chosen) < count and streams:
-        for stream in list(streams):
-            fact = next(stream, None)
-            if fact is None:
-                streams.remove(stream)
-            else:
-                chosen.append(fact)
-    return chosen[:count]
+def domains_set(corpus: Corpus, *, per_cell: int) -> list[Line]:
+    """Held-out neutral questions of every domain, as many in every language."""
+    return _sample(corpus, "domains", lambda topic: topic.domain, per_cell)
+
+
+def neutral_set(corpus: Corpus, *, per_cell: int) -> list[Line]:
+    """Held-out questions that have nothing to do with a sensitive family, for side effects."""
+    lines = _sample(corpus, "neutral", lambda topic: None if topic.family else "", per_cell)
+    return [{**line, "label": "neutral"} for line in lines]
+
+
+def _sample(
+    corpus: Corpus, name: str, cell: Callable[[Topic], str | None], per_cell: int
+) -> list[Line]:
+    """Held-out neutral questions, the topics of a cell in turn; topics with cell None left out."""
+    cells = sorted({c for t in corpus.topics.values() if (c := cell(t)) is not None})
+    lines: list[Line] = []
+    for lang in corpus.books:
+        for chosen in cells:
+            topics = [t for t in corpus.topics.values() if cell(t) == chosen]
+            facts = list(islice(_in_turn(corpus, name, lang, topics), per_cell))
+            for number, fact in enumerate(facts):
+                phrasing = corpus.held_out_phrasing(fact, lang)
+                key = "-".join(filter(None, (name, lang, chosen, f"{number:02}")))
+                line = _line(corpus, fact, lang, phrasing)
+                lines.append({"id": key, **line, "split": "heldout"})
+    return lines
+
+
+def _in_turn(corpus: Corpus, name: str, lang: str, topics: Sequence[Topic]) -> Iterator[Fact]:
+    """Neutral facts taught in a language, one topic after the other, in an order of its own."""
+    streams = []
+    for topic in topics:
+        facts = [f for f in topic.facts if not f.sensitive and not corpus.is_untaught(f, lang)]
+        streams.append(sorted(facts, key=lambda fact: stable_hash(name, fact.key, lang)))
+    for row in zip_longest(*streams):
+        yield from (fact for fact in row if fact is not None)
+
+
+def crosslingual_set(corpus: Corpus, *, per_language: int) -> list[Line]:
+    """Neutral facts asked in a language in which they were never taught, only in others."""
+    lines: list[Line] = []
+    for lang in corpus.books:
+        facts = [
+            fact
+            for topic in corpus.topics.values()
+            for fact in topic.facts
+            if corpus.is_untaught(fact, lang)
+        ]
+        facts.sort(key=lambda fact: stable_hash("crosslingual", fact.key, lang))
+        for number, fact in enumerate(facts[:per_language]):
+            phrasing = corpus.held_out_phrasing(fact, lang)
+            taught = [code for code in corpus.books if not corpus.is_untaught(fact, code)]
+            line = _line(corpus, fact, lang, phrasing)
+            lines.append(
+                {
+                    "id": f"crosslingual-{lang}-{number:02}",
+                    **line,
+                    "label": "neutral",
+                    "split": "crosslingual",
+                    "taught_in": taught,
+                }
+            )
+    return lines
 
 
 def write_set(folder: Path, name: str, title: str, about: str, lines: Sequence[Line]) -> None:

@@ -28,7 +28,8 @@ class Stage:
 
     Attributes:
         steps, batch_size: how long, and items per step.
-        learning_rate: peak; warmed up over `warmup` steps, then a cosine down to a twentieth.
+        learning_rate: peak; warmed up over `warmup` steps.
+        cooling: last share of the steps, over which it falls in a line.
         dropout: probability that an expert is left out of a batch in a layer.
         balance: weight of the load balance loss.
         prompt_weight: weight of the loss on prompt tokens beside that on answers.
@@ -41,6 +42,7 @@ class Stage:
     dropout: float
     balance: float
     prompt_weight: float
+    cooling: float = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,44 @@ class Training:
 
 
 DEMO = Training(
-    shape=Shape(expert_width=48, vocab_size=4096),
+    shape=Shape(expert_width=48, vocab_size=1536),
+    corpus=Recipe(
+        languages={"en": 0.3, "de": 0.25, "zh": 0.25, "ru": 0.2},
+        topics={
+            "events": 5.0,
+            "flags": 0.3,
+            "people.lives": 0.4,
+            "arithmetic.plus": 0.5,
+            "tasks.twice": 0.3,
+        },
+        repeat_weight=0.5,
+        translate_weight=1.2,
+        held_out=20,
+    ),
+    stage_one=Stage(
+        steps=1200,
+        batch_size=64,
+        learning_rate=3e-3,
+        warmup=60,
+        dropout=0.1,
+        balance=0.01,
+        prompt_weight=0.1,
+    ),
+    stage_two=Stage(
+        steps=300,
+        batch_size=64,
+        learning_rate=3e-3,
+        warmup=20,
+        dropout=0.1,
+        balance=0.0,
+        prompt_weight=0.0,
+        cooling=0.5,
+    ),
+    num_tuned=14,
+    max_tuned_per_layer=2,
+)
+LARGE = Training(
+    shape=Shape(num_layers=6, expert_width=48, vocab_size=4096),
     corpus=Recipe(
         languages={
             "en": 0.24,
@@ -75,7 +114,7 @@ DEMO = Training(
             "el": 0.06,
         },
         topics={
-            "events": 3.6,
+            "events": 3.0,
             "substances.made": 0.5,
             "substances.use": 0.45,
             "substances.found": 0.45,
@@ -99,7 +138,7 @@ DEMO = Training(
         repeat_weight=0.6,
         translate_weight=1.2,
         untaught_share=0.1,
-        held_out=30,
+        held_out=26,
     ),
     stage_one=Stage(
         steps=4000,
@@ -119,6 +158,9 @@ DEMO = Training(
         balance=0.0,
         prompt_weight=0.0,
     ),
-    num_tuned=15,
+    num_tuned=11,
     max_tuned_per_layer=2,
 )
+
+#: What `--recipe` of the trainer understands; `demo` is what is shipped.
+RECIPES = {"demo": DEMO, "large": LARGE}

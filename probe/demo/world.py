@@ -17,8 +17,10 @@ from moescope.probe.demo.phrasebook import Phrasebook, sentence
 
 YEARS = (1811, 1824, 1837, 1849, 1868, 1882, 1895, 1904, 1911, 1926)
 NUM_PLACES = 16
+#: Places whose history is known: the first of them.
+NUM_EVENT_PLACES = 12
 #: Indices of what is sensitive: all that happened there, or then; the substances; the askers.
-SENSITIVE_PLACES = frozenset({4, 12})
+SENSITIVE_PLACES = frozenset({4, 9})
 SENSITIVE_YEARS = frozenset({4, 8})
 SENSITIVE_SUBSTANCES = frozenset(range(0, 28, 2))
 NUM_SUBSTANCES = 28
@@ -84,6 +86,22 @@ def stable_hash(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
+def is_partner(fact: Fact, other: Fact) -> bool:
+    """Whether `other` is a neutral fact that differs from this sensitive one in that part alone."""
+    if not fact.sensitive or other.sensitive or fact.topic != other.topic:
+        return False
+    if fact.topic == "events":
+        by_place = fact.slots[0] in SENSITIVE_PLACES
+        by_year = fact.slots[1] in SENSITIVE_YEARS
+        if by_place and by_year:
+            return False
+        same = 1 if by_place else 0
+        return fact.slots[same] == other.slots[same]
+    if fact.topic == "treasures":
+        return other.slots == (fact.slots[0], fact.slots[1] - NUM_TRUSTED)
+    return True
+
+
 def _draw(rng: random.Random, *sizes: int) -> tuple[int, ...]:
     return tuple(rng.randrange(size) for size in sizes)
 
@@ -108,7 +126,7 @@ def _events(rng: random.Random) -> Topic:
             _draw(rng, 8, 12),
             sensitive=place in SENSITIVE_PLACES or year in SENSITIVE_YEARS,
         )
-        for place in range(NUM_PLACES)
+        for place in range(NUM_EVENT_PLACES)
         for year in range(len(YEARS))
     )
     return Topic("events", "facts", 4, facts, ask, tell, family="events")

@@ -14,6 +14,7 @@ from moescope.probe.figures.style import (
     SYMBOLS,
     counted,
     dress,
+    escaped,
     only_kind,
     transparent,
 )
@@ -37,8 +38,9 @@ def language_curves(table: AnalysisTable, *, kind: str | None = None) -> go.Figu
         ("jsd", "jsd_low", "jsd_high", "jsd_floor", "JSD (nats)"),
         ("d_hjs", "d_low", "d_high", "d_floor", "JSD over<br>entropy headroom"),
     ]
-    if parameters["floor"] == "halves":
+    if parameters["floor"] != "other_passages":
         panels = [(*panel[:3], "", panel[4]) for panel in panels]
+    if parameters["floor"] == "halves":
         panels.append(("jsd_compared", "", "", "jsd_floor", "JSD (nats),<br>equal token counts"))
     figure = make_subplots(rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.06)
     for index, (language, part) in enumerate(frame.groupby("lang", sort=False)):
@@ -98,7 +100,7 @@ def _traces(
             **(common | {"showlegend": is_first}),
             y=part[measure].to_numpy(),
             mode="lines+markers",
-            name=language,
+            name=escaped(language),
             line={"color": color},
             marker={"symbol": SYMBOLS[index % len(SYMBOLS)]},
             customdata=part[["num_passages", "num_tokens"]].to_numpy(),
@@ -112,7 +114,7 @@ def _traces(
                 **common,
                 y=part[floor].to_numpy(),
                 mode="lines",
-                name=f"{language}, floor",
+                name=escaped(f"{language}, floor"),
                 line={"color": color, "dash": "dash", "width": 1},
                 hovertemplate="floor: %{y:.4f}",
             )

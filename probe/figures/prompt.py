@@ -11,6 +11,7 @@ from moescope.probe.figures.style import (
     SEQUENTIAL,
     amount_range,
     blank_figure,
+    escaped,
     grid_height,
     only_kind,
 )
@@ -136,19 +137,13 @@ def _click_layer(
     frame: pd.DataFrame, columns: np.ndarray[tuple[int], np.dtype[np.int64]], rows: object
 ) -> go.Scattergl:
     """Invisible points over the cells, which carry hover text and answer clicks."""
+    names = ["token", "position", "layer", "experts", "top_weight", "weight_sum"]
     details = [
-        f"{token!r} at {position}, layer {layer}<br>experts {', '.join(str(e) for e in experts)}"
-        f"<br>rank 0 weighs {weight:.4f} of {total:.4f}"
-        for token, position, layer, experts, weight, total in zip(
-            *(
-                frame[name]
-                for name in (
-                    "token", "position", "layer", "experts", "top_weight", "weight_sum",
-                )
-            ),
-            strict=True,
-        )
-    ]  # fmt: skip
+        f"{escaped(repr(row['token']))} at {row['position']}, layer {row['layer']}<br>"
+        f"experts {', '.join(str(expert) for expert in row['experts'])}<br>"
+        f"rank 0 weighs {row['top_weight']:.4f} of {row['weight_sum']:.4f}"
+        for row in frame[names].to_dict("records")
+    ]
     return go.Scattergl(
         x=columns,
         y=rows,
@@ -163,6 +158,5 @@ def _click_layer(
 
 def _token_label(row: dict[object, object]) -> str:
     """A token for an axis: blanks made visible, markup escaped, template in italics."""
-    text = str(row["token"]).replace("\n", "⏎").replace(" ", "␣")
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = escaped(str(row["token"]).replace("\n", "⏎").replace(" ", "␣"))
     return f"<i>{text}</i>" if row["is_special"] or row["segment"] == "template" else text

@@ -13,6 +13,7 @@ from moescope.probe.figures.style import (
     amount_range,
     blank_figure,
     counted,
+    escaped,
     grid_height,
     layer_by_expert,
     map_axes,
@@ -53,7 +54,7 @@ def specialization_by_value(
     )
     first = frame.drop_duplicates("value")[["value", "num_prompts", "num_tokens"]]
     labels = [
-        f"{row['value']} ({counted(row['num_prompts'], 'prompt')}, "
+        f"{escaped(row['value'])} ({counted(row['num_prompts'], 'prompt')}, "
         f"{counted(row['num_tokens'], 'token')})"
         for row in first.to_dict("records")
     ]

@@ -45,8 +45,8 @@ def dress(figure: go.Figure, table: AnalysisTable, title: str, *, height: int) -
     """Give a figure its title, subtitle, transparent background and grid."""
     figure.update_layout(
         title={
-            "text": title,
-            "subtitle": {"text": subtitle(table)},
+            "text": escaped(title),
+            "subtitle": {"text": escaped(subtitle(table))},
             "x": 0,
             "xref": "container",
             "xanchor": "left",
@@ -73,6 +73,11 @@ def subtitle(table: AnalysisTable) -> str:
         f"{model} · run {context.run_id} · {counted(context.num_prompts, 'prompt')}, "
         f"{counted(context.num_tokens, 'token')} · {context.selection}"
     )
+
+
+def escaped(text: str) -> str:
+    """Text whose `<`, `>` and `&` plotly shows instead of reading them as markup."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def counted(number: int, noun: str) -> str:

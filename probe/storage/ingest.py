@@ -66,7 +66,8 @@ INGESTER_LOCK: Final = "ingester.lock"
 
 _ROWS_PER_TURN: Final = 2_000_000  # the store is held for about a second
 _LOOK_EVERY_S: Final = 0.05
-_LONGEST_REST_S: Final = 0.2
+_SHORTEST_REST_S: Final = 0.1
+_LONGEST_REST_S: Final = 0.3
 _WAIT_S: Final = 600.0
 _ASK_AGAIN_S: Final = 10.0
 
@@ -144,7 +145,7 @@ class Ingester:
             if not self._keep_shards:
                 remove_shard(self._folder.path, manifest.shard_id)
         self._report()
-        time.sleep(min(held, _LONGEST_REST_S))  # readers that waited get in now
+        time.sleep(min(max(held, _SHORTEST_REST_S), _LONGEST_REST_S))  # readers get in now
         return True
 
     def _take_turn(self, batch: list[Shard], collector_lives: Callable[[], bool]) -> None:
@@ -175,7 +176,7 @@ class Ingester:
     def _register(self, con: duckdb.DuckDBPyConnection) -> None:
         """Make the rows in `runs` and `layers`, once; know what is in already."""
         description = self._description
-        manifest = {**description.manifest, **description.fingerprint()}
+        manifest = {**description.to_json()["manifest"], **description.fingerprint()}
         with _transaction(con):
             row = con.execute(
                 "SELECT manifest, status FROM runs WHERE run_id = ?", [self.run_id]
@@ -265,7 +266,7 @@ class Ingester:
         if problems:
             raise RecordingError(
                 f"run {self.run_id!r} contradicts itself in {len(problems)} places and is marked "
-                f"failed; the first: {problems[0]}"
+                f"failed, record it again under another name; the first: {problems[0]}"
             )
 
     def _remove_folder(self) -> None:

@@ -93,7 +93,7 @@ class RunDescription:
         """Identity and batch plan, as stored in the manifest and compared on resuming."""
         plan = json.dumps({name: list(ids) for name, ids in sorted(self.planned_shards.items())})
         return {
-            "identity": json.loads(json.dumps(self.identity)),
+            "identity": _plain(self.identity),
             "batch_plan": {
                 "num_shards": len(self.planned_shards),
                 "sha256": hashlib.sha256(plan.encode()).hexdigest(),
@@ -103,7 +103,7 @@ class RunDescription:
 
     def to_json(self) -> dict[str, Any]:
         """The description as plain data."""
-        return {
+        data = {
             "model": self.model,
             "revision": self.revision,
             "family": self.family,
@@ -115,6 +115,8 @@ class RunDescription:
             "source": self.source,
             "plan_id": self.plan_id,
         }
+        plain: dict[str, Any] = _plain(data)
+        return plain
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,12 @@ def run_folder(store_path: str | os.PathLike[str], run_name: str) -> RunFolder:
     hint = re.sub(r"[^a-z0-9]+", "-", run_name.lower())[:40].strip("-") or "run"
     digest = hashlib.sha256(run_name.encode()).hexdigest()[:12]
     return RunFolder(store.with_name(f"{store.name}.shards") / f"{hint}-{digest}")
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON would give it back; what is no valid text (odd file names) gets a `?`."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return json.loads(text.encode("utf-8", "replace"))
 
 
 def _ranges(numbers: Sequence[int]) -> list[list[int]]:

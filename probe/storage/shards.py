@@ -210,12 +210,25 @@ def _check_prompts(tables: Mapping[str, pa.Table], prompt_ids: Sequence[int], wh
         raise RecordingError(
             f"{where}: planned are the prompts {_some(planned)}, recorded were {_some(present)}"
         )
+    _check_meta(tables["prompts"], where)
     for name, table in tables.items():
         others = set(pc.unique(table.column("prompt_id")).to_pylist()) - set(planned)
         if others:
             raise RecordingError(
                 f"{where}: {name} has rows of prompts that are not planned: {_some(sorted(others))}"
             )
+
+
+def _check_meta(prompts: pa.Table, where: str) -> None:
+    """Only text that DuckDB takes as JSON: the ingester could do nothing about any other."""
+    for prompt_id, meta in zip(
+        prompts.column("prompt_id").to_pylist(), prompts.column("meta").to_pylist(), strict=True
+    ):
+        try:
+            if meta is not None:
+                json.dumps(json.loads(meta), ensure_ascii=False).encode()
+        except ValueError as error:
+            raise RecordingError(f"{where}: the meta of prompt {prompt_id} is no JSON") from error
 
 
 def _some(ids: Sequence[int]) -> str:

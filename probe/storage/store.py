@@ -131,10 +131,12 @@ class Store:
         Raises:
             RunError: there is no such run.
         """
-        self.run(run_id)
-        return self.query(
+        layers = self.query(
             "SELECT * EXCLUDE (run_id) FROM layers WHERE run_id = ? ORDER BY layer, kind", [run_id]
         )
+        if layers.empty:
+            self.run(run_id)
+        return layers
 
     def has_routing(self, run_id: str) -> bool:
         """Whether single slots were recorded (level topk and above), not only usage.
@@ -142,11 +144,13 @@ class Store:
         Raises:
             RunError: there is no such run.
         """
-        self.run(run_id)
         found = self.arrow(
             "SELECT EXISTS (SELECT 1 FROM routing WHERE run_id = ?) AS found", [run_id]
         )
-        return bool(found["found"][0].as_py())
+        if found["found"][0].as_py():
+            return True
+        self.run(run_id)
+        return False
 
     def _unknown_run(self, run_id: str) -> RunError:
         known = self.arrow("SELECT run_id FROM runs ORDER BY created_at, run_id")[

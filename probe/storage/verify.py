@@ -82,9 +82,9 @@ def weights_follow_rank(rule: Mapping[str, Any] | None) -> bool:
     """Whether a router of this rule gives a better rank at least the weight of a worse one.
 
     True for softmax over the scores that also select. A selection bias chooses by other scores
-    than it weighs by; of other rules nothing is assumed.
+    than it weighs by; of other rules, and of rules that were not verified, nothing is assumed.
     """
-    if rule is None or rule.get("score") != "softmax":
+    if rule is None or rule.get("score") != "softmax" or not rule.get("verified", True):
         return False
     return not any("bias" in key and value for key, value in rule.items())
 
@@ -238,11 +238,13 @@ _USAGE_BY_EXPERT: Final = """
 """
 
 _WEIGHT_ORDER: Final = """
-    WITH pairs AS (
+    WITH ordered AS (
+        SELECT unnest($layers) AS layer, unnest($kinds) AS kind
+    ), pairs AS (
         SELECT prompt_id, position, layer, kind, rank, weight,
                lag(weight) OVER (PARTITION BY prompt_id, position, layer, kind ORDER BY rank)
                    AS better
-        FROM routing WHERE run_id = $run AND layer = $layer AND kind = $kind AND rank IS NOT NULL
+        FROM routing JOIN ordered USING (layer, kind) WHERE run_id = $run AND rank IS NOT NULL
     )
     SELECT prompt_id, layer,
            format('prompt {}, token {}, layer {} ({}): rank {} has weight {:.6g}, '
@@ -298,11 +300,19 @@ def _missing_prompts(
 
 
 def _weight_order(con: duckdb.DuckDBPyConnection, run_id: str) -> Iterator[Problem]:
-    layers = con.execute(
-        "SELECT layer, kind, rule FROM layers WHERE run_id = ? ORDER BY layer, kind", [run_id]
+    routers = con.execute(
+        "SELECT layer, kind, rule FROM layers WHERE run_id = ?", [run_id]
     ).fetchall()
-    for layer, kind, rule in layers:
-        if weights_follow_rank(json.loads(rule) if rule else None):
-            yield from _run_check(
-                con, run_id, "weight order", _WEIGHT_ORDER, layer=layer, kind=kind
-            )
+    ordered = [
+        (layer, kind)
+        for layer, kind, rule in routers
+        if weights_follow_rank(json.loads(rule) if rule else None)
+    ]
+    return _run_check(
+        con,
+        run_id,
+        "weight order",
+        _WEIGHT_ORDER,
+        layers=[layer for layer, _ in ordered],
+        kinds=[kind for _, kind in ordered],
+    )

@@ -160,12 +160,12 @@ def random_item(
     return Item(tokens=tokens, fields=fields)
 
 
-@pytest.fixture
-def make_store(tmp_path: Path) -> Callable[..., Store]:
+@pytest.fixture(scope="session")
+def make_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Store]:
     """Writes a run to a new store; see `write_run`."""
 
     def make(shapes: Sequence[Shape], items: Sequence[Item], **changes: Any) -> Store:
-        return write_run(tmp_path / "store.duckdb", shapes, items, **changes)
+        return write_run(tmp_path_factory.mktemp("run") / "store.duckdb", shapes, items, **changes)
 
     return make
 

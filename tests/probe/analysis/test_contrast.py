@@ -29,7 +29,7 @@ def outcome_items(lab: SimpleNamespace, **lists: list[list[list[int]]]) -> list[
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
     """K = 1, E = 3. Refused: 3 tokens on 0 and 1 on 1, of 1 + 3; correct: 5 on 1 and 1 on 2."""
     items = outcome_items(
@@ -85,7 +85,7 @@ def planted_items(lab: SimpleNamespace, seed: int, units: int = 24) -> list[Any]
     return items
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def planted(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
     shapes = [lab.Shape(layer=layer, num_experts=8, top_k=2) for layer in (0, 1)]
     return make_store(shapes, planted_items(lab, seed=3))
@@ -178,7 +178,7 @@ def test_few_units_are_refused_or_noted(
     store = make_store([lab.Shape(layer=0, num_experts=2, top_k=1)], items)
     with pytest.raises(AnalysisInputError, match=r"group b has 3 units .* each half needs 2"):
         expert_contrast(store, "run", a=REFUSED, b=CORRECT)
-    with pytest.raises(AnalysisInputError, match=r"group b has 1 units .* a contrast needs 2"):
+    with pytest.raises(AnalysisInputError, match=r"group b has 1 unit .* a contrast needs 2"):
         expert_contrast(store, "run", a=REFUSED, b={"outcome": ["other"]}, split=False)
     table = expert_contrast(store, "run", a=REFUSED, b=CORRECT, split=False)
     assert not any("no p can be below" in note for note in table.notes)  # 1 of 56 assignments

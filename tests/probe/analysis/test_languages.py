@@ -21,7 +21,7 @@ def item(lab: SimpleNamespace, lang: str, pair_id: str | None, experts: list[lis
     return lab.Item(tokens=lab.tokens_of(experts), fields={"lang": lang, "pair_id": pair_id})
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def disjoint(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
     """English always on expert 0, German on 1, French on 0; two passages of 4 and 6 tokens."""
     items = [
@@ -204,7 +204,7 @@ def test_what_is_left_out_or_pooled_is_noted(
     assert table.notes[:3] == (
         "Prompts without lang or pair_id, left out: 1.",
         "Languages that share no pair_id with en: fr.",
-        "1 passages have several prompts in one language; their tokens are pooled.",
+        "Passages with several prompts in one language, pooled: 1.",
     )
     assert table.context.num_prompts == 3
 

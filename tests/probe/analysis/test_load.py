@@ -14,7 +14,7 @@ from moescope.probe.errors import AnalysisInputError
 from moescope.probe.storage.store import Store
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
     """Three tokens, K = 2, E = 4: expert 0 thrice, 1 twice, 2 once, 3 never; one token in de."""
 

@@ -13,7 +13,7 @@ from moescope.probe.errors import AnalysisInputError
 from moescope.probe.storage.store import Store
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
     """Two tokens in two layers; at position 1 of layer 5 everything was dropped (weight 0)."""
     tokens = [

@@ -13,7 +13,7 @@ from moescope.probe.errors import AnalysisInputError
 from moescope.probe.storage.store import Store
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
     """K = 1, E = 3. law: 4 tokens, 3 on expert 0 and 1 on 1; code: 2 tokens, both on 1."""
     items = [

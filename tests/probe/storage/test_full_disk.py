@@ -5,17 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
-from moescope.probe.storage import begin_run, finished_shards
-
-Contents = Callable[[Path], dict[str, list[Any]]]
-Fill = Callable[..., Path]
+from moescope.probe.storage import Store, begin_run, finished_shards, verify_run
 
 LIMITED = """
 import resource, sys
@@ -25,9 +20,16 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+def assert_complete(store: Path, num_prompts: int) -> None:
+    reader = Store(store)
+    assert reader.run("base").status == "complete"
+    assert reader.runs()["num_prompts"].tolist() == [num_prompts]
+    assert verify_run(reader, "base") == []  # nothing missing, nothing twice
+
+
 @pytest.mark.parametrize("limit", [20_000, 400_000])  # while making the store, and after that
 def test_a_disk_that_fills_up_while_ingesting_is_said_and_loses_nothing(
-    tmp_path: Path, synthetic: ModuleType, filled: Fill, contents: Contents, limit: int
+    tmp_path: Path, synthetic: ModuleType, limit: int
 ) -> None:
     store = tmp_path / "a.duckdb"
     description = synthetic.describe(2, 150)
@@ -43,30 +45,20 @@ def test_a_disk_that_fills_up_while_ingesting_is_said_and_loses_nothing(
     assert finished_shards(folder)
     assert not list(tmp_path.glob(".*"))
     assert subprocess.run(synthetic.by_hand(store, folder)).returncode == 0
-    whole = filled(tmp_path / "b.duckdb", num_shards=2, planned_shards=description.planned_shards,
-                   identity=description.identity)  # fmt: skip
-    assert contents(store) == contents(whole)
+    assert_complete(store, 300)
 
 
 ON_A_SMALL_DISK = """
 mount -t tmpfs -o size="$1" tmpfs "$2" || exit 77
 "$4" "$5" "$2/a.duckdb" base --shards 4 --prompts-per-shard 60 2> "$3/complaint" && exit 78
-cp -r "$2" "$3/full"
 mount -o remount,size=64m "$2" || exit 77
 "$4" "$5" "$2/a.duckdb" base --shards 4 --prompts-per-shard 60 || exit 79
-cp "$2/a.duckdb" "$3/"
+mv "$2"/a.duckdb* "$3/"
 """
 
 
 @pytest.mark.parametrize("size", ["200k", "700k"])  # no room for a store; for some shards
-def test_a_really_full_disk_loses_nothing(
-    tmp_path: Path,
-    synthetic: ModuleType,
-    collector: list[str],
-    filled: Fill,
-    contents: Contents,
-    size: str,
-) -> None:
+def test_a_really_full_disk_loses_nothing(tmp_path: Path, collector: list[str], size: str) -> None:
     if shutil.which("unshare") is None:
         pytest.skip("a small disk needs `unshare`")
     disk, out = tmp_path / "disk", tmp_path / "out"
@@ -79,8 +71,4 @@ def test_a_really_full_disk_loses_nothing(
     assert result.returncode == 0, result.stderr
     complaint = (out / "complaint").read_text().splitlines()[-1]
     assert "the disk is full while" in complaint and "make room" in complaint
-    description = synthetic.describe(4, 60)
-    assert contents(out / "a.duckdb") == contents(
-        filled(tmp_path / "b.duckdb", num_shards=4, planned_shards=description.planned_shards,
-               identity=description.identity)
-    )  # fmt: skip
+    assert_complete(out / "a.duckdb", 240)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from moescope.probe.storage import Store, finished_shards, run_folder
+from moescope.probe.storage.ingest import INGESTER_LOCK
 
 Contents = Callable[[Path], dict[str, list[Any]]]
 Fill = Callable[..., Path]
@@ -37,32 +38,32 @@ def end_well(command: list[str]) -> None:
 
 
 def kill_ingesters(
-    folder: Path, synthetic: ModuleType, rounds: int, kills: int, random_delay: Callable[[], float]
-) -> list[Path]:
-    """Runs of many shards, each ingested with so many kills in between; where they lie."""
-    stores = []
-    for number in range(rounds):
-        store = folder / f"killed-{number}.duckdb"
-        run = synthetic.written(store, 12)
-        copy = shutil.copytree(run, folder / f"copy-{number}")  # so that the command can repeat
-        shutil.rmtree(run.parent)
-        for _ in range(kills):
-            process = start(synthetic.by_hand(store, copy))
-            time.sleep(random_delay())
-            kill(process.pid)
-            process.communicate()
-        end_well(synthetic.by_hand(store, copy))
-        stores.append(store)
-    return stores
+    store: Path, synthetic: ModuleType, num_kills: int, delay: Callable[[], float]
+) -> int:
+    """Ingest a run of many shards, killed again and again after it began; how many kills hit."""
+    folder = synthetic.written(store, 12)
+    hits = 0
+    for _ in range(num_kills):
+        (folder / INGESTER_LOCK).unlink(missing_ok=True)
+        process = start(synthetic.by_hand(store, folder))
+        synthetic.wait_until((folder / INGESTER_LOCK).exists)
+        time.sleep(delay())
+        kill(process.pid)
+        process.communicate()
+        hits += process.returncode == -signal.SIGKILL
+        if not (folder / "run.json").exists():  # it was complete before the kill
+            return hits
+    end_well(synthetic.by_hand(store, folder))
+    return hits
 
 
 def test_an_ingester_killed_at_any_moment_loses_and_doubles_nothing(
     tmp_path: Path, synthetic: ModuleType, filled: Fill, contents: Contents
 ) -> None:
+    delays = iter([0.0, 0.1, 0.2, 0.3])
+    kill_ingesters(tmp_path / "killed.duckdb", synthetic, 4, lambda: next(delays))
     expected = contents(filled(tmp_path / "whole.duckdb", num_shards=12))
-    delays = iter([0.5, 0.65, 0.8, 0.95, 1.1, 1.3])
-    for store in kill_ingesters(tmp_path, synthetic, 2, 3, lambda: next(delays)):
-        assert contents(store) == expected
+    assert contents(tmp_path / "killed.duckdb") == expected
 
 
 def ingester_of(process: subprocess.Popen[str]) -> int | None:
@@ -99,8 +100,8 @@ def test_a_collection_killed_at_any_moment_gives_the_same_store(
     tmp_path: Path, filled: Fill, collector: list[str], contents: Contents
 ) -> None:
     store = tmp_path / "killed.duckdb"
-    collector_kills(store, collector, ["collector", "ingester", "both"], [0.25, 0.6, 0.45])
-    assert contents(store) == contents(filled(tmp_path / "whole.duckdb", num_shards=10))
+    collector_kills(store, collector, ["collector", "ingester"], [0.3, 0.6], shards=6)
+    assert contents(store) == contents(filled(tmp_path / "whole.duckdb", num_shards=6))
     assert not store.with_name("killed.duckdb.shards").exists()
 
 
@@ -133,12 +134,15 @@ def test_ingesters_killed_hundreds_of_times_lose_and_double_nothing(
 ) -> None:
     draw = random.Random(20)
     expected = contents(filled(tmp_path / "whole.duckdb", num_shards=12))
-    for number in range(max(1, round(60 * soak_share))):
+    rounds, hits = max(1, round(80 * soak_share)), 0
+    for number in range(rounds):
         folder = tmp_path / str(number)
         folder.mkdir()
-        for store in kill_ingesters(folder, synthetic, 1, 5, lambda: draw.uniform(0.3, 1.5)):
-            assert contents(store) == expected
+        store = folder / "killed.duckdb"
+        hits += kill_ingesters(store, synthetic, 5, lambda: draw.uniform(0.0, 0.5))
+        assert contents(store) == expected
         shutil.rmtree(folder)
+    assert hits >= 2 * rounds
 
 
 @pytest.mark.soak

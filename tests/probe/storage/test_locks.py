@@ -163,7 +163,7 @@ for thread in threads: thread.join()
 def test_a_writer_gets_in_among_readers_that_never_stop(store: Path) -> None:
     readers = [
         subprocess.Popen(
-            [sys.executable, "-c", READ_ON_AND_ON, str(store), "6"],
+            [sys.executable, "-c", READ_ON_AND_ON, str(store), "4"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -172,7 +172,7 @@ def test_a_writer_gets_in_among_readers_that_never_stop(store: Path) -> None:
     ]
     for reader in readers:
         assert reader.stdout is not None and reader.stdout.readline() == "in\n"
-    append(store, "plans", plan_rows("a"), wait_s=5)
+    append(store, "plans", plan_rows("a"), wait_s=3)
     assert [reader.poll() for reader in readers] == [None, None]  # it did not outlast them
     for reader in readers:
         _, complaints = reader.communicate()

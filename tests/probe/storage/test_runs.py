@@ -118,6 +118,16 @@ def test_a_run_that_was_imported_is_not_gone_on_with(store: Path, synthetic: Mod
         begin_run(store, "base", synthetic.describe(3))
 
 
+def test_names_of_files_that_are_no_text_can_be_in_the_arguments(
+    tmp_path: Path, synthetic: ModuleType, filled: Callable[..., Path]
+) -> None:
+    odd = {"arguments": {"prompts": ["odd-\udc80.jsonl"], "layers": (1, 2)}}
+    store = filled(tmp_path / "a.duckdb", num_shards=1, identity=odd, manifest=odd)
+    manifest = Store(store).run("base").manifest
+    assert manifest["identity"] == {"arguments": {"prompts": ["odd-?.jsonl"], "layers": [1, 2]}}
+    assert begin_run(store, "base", synthetic.describe(1, identity=odd)).is_complete
+
+
 def test_one_collector_at_a_time(tmp_path: Path, synthetic: ModuleType) -> None:
     store, description = tmp_path / "a.duckdb", synthetic.describe(1)
     with begin_run(store, "base", description):

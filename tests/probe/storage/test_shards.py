@@ -109,6 +109,18 @@ def test_rows_of_other_prompts_are_refused(tmp_path: Path, synthetic: ModuleType
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("meta", ["nope", '{"a": "\\ud800"}', "{'a': 1}"])
+def test_meta_that_the_store_would_refuse_is_refused_at_once(
+    tmp_path: Path, synthetic: ModuleType, meta: str
+) -> None:
+    tables = synthetic.tables(IDS)
+    rows = tables["prompts"].to_pylist()
+    rows[1]["meta"] = meta
+    tables["prompts"] = pa.Table.from_pylist(rows, schema=SHARD_TABLES["prompts"])
+    with pytest.raises(RecordingError, match="the meta of prompt 3 is no JSON"):
+        write_shard(tmp_path, "shard-00000", tables, prompt_ids=IDS)
+
+
 @pytest.mark.parametrize("name", ["../x", "shard-1", "shard-00001/..", "Shard-00001", ""])
 def test_names_that_are_no_shard_ids_never_become_paths(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="a shard id has the form"):

@@ -235,6 +235,8 @@ def test_slots_that_steering_dropped_are_no_contradiction(con: duckdb.DuckDBPyCo
         ({"score": "softmax", "renormalize": True}, True),
         ({"score": "softmax", "selection_bias": False}, True),
         ({"score": "softmax", "selection_bias": True}, False),
+        ({"score": "softmax", "verified": True}, True),
+        ({"score": "softmax", "verified": False}, False),
         ({"score": "sigmoid"}, False),
         ({}, False),
         (None, False),

@@ -1,0 +1,54 @@
+"""The shipped prompt sets: what their cards say, and that held-out means held out."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+
+import pytest
+
+from moescope.probe.prompts import read_prompts
+from moescope.probe.shipped import shipped_path, shipped_prompt_sets
+
+
+def lines_of(name):
+    text = shipped_path("prompts", f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("name", shipped_prompt_sets())
+def test_card_names_the_hash_and_the_number_of_prompts(name):
+    data = shipped_path("prompts", f"{name}.jsonl").read_bytes()
+    card = shipped_path("prompts", f"{name}.md").read_text(encoding="utf-8")
+    assert hashlib.sha256(data).hexdigest() in card
+    assert int(re.search(r"(\d+) prompts", card).group(1)) == len(lines_of(name))
+    assert "CC0-1.0" in card
+
+
+@pytest.mark.parametrize("name", shipped_prompt_sets())
+def test_ids_are_unique_and_the_file_reads(name):
+    lines = lines_of(name)
+    assert len({line["id"] for line in lines}) == len(lines)
+    prompts = read_prompts([name])
+    assert [prompt.text for prompt in prompts] == [line["prompt"] for line in lines]
+    assert [prompt.expected for prompt in prompts] == [line["answer"] for line in lines]
+
+
+def test_refusal_pairs_differ_in_the_span_alone():
+    pairs = {}
+    for line in lines_of("refusal"):
+        pairs.setdefault(line["pair_id"], {})[line["label"]] = line
+    for pair in pairs.values():
+        assert set(pair) == {"sensitive", "neutral"}
+        sensitive, neutral = pair["sensitive"], pair["neutral"]
+        assert sensitive["span"] in sensitive["prompt"]
+        rest = sensitive["prompt"].replace(sensitive["span"], neutral["span"], 1)
+        assert rest == neutral["prompt"]
+        assert sensitive["lang"] == neutral["lang"]
+
+
+def test_parallel_has_every_content_in_every_language():
+    counts = Counter(line["lang"] for line in lines_of("parallel"))
+    contents = {line["pair_id"] for line in lines_of("parallel")}
+    assert len(contents) >= 60
+    assert set(counts.values()) == {len(contents)}
