@@ -48,8 +48,8 @@ build/types/moescope: Makefile
 types: setup build/types/moescope ## mypy, strict
 	$(BIN)/mypy
 
-bench: setup ## measurements, side by side, written to benchmarks/results
-	$(BIN)/python -m pytest -q benchmarks
+bench: setup ## measurements as ratios, side by side in one run
+	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
 train-demo: setup ## train the demo model again from its seed
 	$(BIN)/python -m moescope.probe.demo.train

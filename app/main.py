@@ -11,7 +11,7 @@ from typing import Final
 
 import streamlit as st
 
-from moescope.app.views.layout import ICON, errors_as_sentences, style_page
+from moescope.app.views.layout import errors_as_sentences, open_page
 from moescope.app.views.sidebar import pick_run
 
 SECTIONS: Final = {
@@ -32,8 +32,7 @@ SECTIONS: Final = {
 
 def show_dashboard() -> None:
     """Draw the frame and the page that the address asks for."""
-    st.set_page_config(page_title="moescope", page_icon=ICON, layout="wide")
-    style_page()
+    open_page()
     pages = {
         section: [
             st.Page(f"views/{name}.py", title=title, icon=icon, url_path=name)

@@ -35,6 +35,9 @@ PROMPT_FIELDS: Final = (
 )  # fmt: skip
 """What the pages show of a prompt; further fields of a prompt file are in its meta."""
 
+ANALYSIS: Final = ("moescope.probe.analysis", "moescope.probe.figures", "plotly.graph_objects")
+"""Modules that every page but the first needs; see `import_ahead`."""
+
 _WAIT_S: Final = 10.0
 _SHOWN_RUN: Final = "_shown_run"
 _PLAN: Final = "_plan"
@@ -118,6 +121,7 @@ def recorded_prompts(store: Store, info: RunInfo) -> int:
     """How many prompts of a run are in the store."""
     if info.status == "complete" and info.num_prompts is not None:
         return info.num_prompts
+    import_ahead(*ANALYSIS).join()
     from moescope.probe.analysis.selection import read_fields
 
     return len(read_fields(store, info.run_id, ()))
@@ -252,7 +256,11 @@ def plan_of(
 
 @st.cache_resource(show_spinner=False)
 def import_ahead(*names: str) -> threading.Thread:
-    """Import modules that the reader will need next, while the page is being read."""
+    """Import modules in a thread while the page is being read, once in the life of the server.
+
+    Whoever then needs one of them joins the thread first: packages that import their parts lazily
+    or in circles show themselves half made to a second thread.
+    """
     thread = threading.Thread(target=lambda: [import_module(name) for name in names], daemon=True)
     thread.start()
     return thread
@@ -289,6 +297,7 @@ def _analyze(
     _parameters: Mapping[str, Any],
 ) -> AnalysisTable:
     # Streamlit leaves arguments with an underscore out of the cache key; `key` stands for them.
+    import_ahead(*ANALYSIS).join()
     from moescope.probe.analysis import find_analysis
 
     analysis = find_analysis(name)
@@ -298,6 +307,7 @@ def _analyze(
 
 @st.cache_data(show_spinner=False, max_entries=50)
 def _fields(path: str, run_id: str, stamp: str, names: tuple[str, ...]) -> pd.DataFrame:
+    import_ahead(*ANALYSIS).join()
     from moescope.probe.analysis.selection import read_fields
 
     frame = read_fields(Store(path, wait_s=_WAIT_S), run_id, names).astype(object)
@@ -306,6 +316,7 @@ def _fields(path: str, run_id: str, stamp: str, names: tuple[str, ...]) -> pd.Da
 
 @st.cache_data(show_spinner=False, max_entries=20)
 def _comparable(path: str, run_id: str, stamp: str) -> dict[str, list[str]]:
+    import_ahead(*ANALYSIS).join()
     from moescope.probe.analysis.selection import known_fields, read_fields
 
     store = Store(path, wait_s=_WAIT_S)

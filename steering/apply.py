@@ -73,9 +73,11 @@ def steer(
         check_shape(plan, [site.info for site in sites])
     else:
         check(plan, [site.info for site in sites])
-    report = SteeringReport(plan)
+    infos = [site.info for site in sites]
+    acted_on = [layer_of(plan, number, infos) for number in range(1, len(plan.interventions) + 1)]
+    report = SteeringReport(plan, [info.kind for info in acted_on])
     tracker = PositionTracker(model)
-    steered = _steered_layers(plan, sites, report, tracker)
+    steered = _steered_layers(plan, sites, [info.module for info in acted_on], report, tracker)
     with ExitStack() as stack:
         for layer in steered:
             stack.enter_context(layer.attached())
@@ -88,14 +90,15 @@ def steer(
 def _steered_layers(
     plan: SteeringPlan,
     sites: Sequence[RouterSite],
+    modules: Sequence[str],
     report: SteeringReport,
     tracker: PositionTracker,
 ) -> list[_SteeredLayer]:
+    """One per router that the plan acts on; `modules` names the router of each intervention."""
     by_module = {site.info.module: site for site in sites}
-    infos = [site.info for site in sites]
     numbers: dict[str, list[int]] = {}
-    for number in range(1, len(plan.interventions) + 1):
-        numbers.setdefault(layer_of(plan, number, infos).module, []).append(number)
+    for number, module in enumerate(modules, start=1):
+        numbers.setdefault(module, []).append(number)
     return [
         _SteeredLayer(by_module[module], plan, found, report, tracker)
         for module, found in numbers.items()
@@ -272,13 +275,7 @@ class _SteeredLayer:
             requested = tokens_I[row] * len(one.experts)
             wants_selected = OPERATORS[one.action].wants_selected
             held = [found[row] if wants_selected else requested - found[row] for found in hits]
-            self.report.count(
-                number,
-                self.site.info.kind,
-                requested=requested,
-                held_anyway=held[0],
-                achieved=held[1],
-            )
+            self.report.count(number, requested=requested, held_anyway=held[0], achieved=held[1])
 
     def _hits(self, rows_IT: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """How often each intervention's experts were selected in its rows, int64[I]."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moescope.probe.errors import InputError
 from moescope.probe.generation import GREEDY, Answer, Sampling, generate_answers
 from moescope.probe.models import ModelBundle
 from moescope.probe.outcomes import Judgement, judge
@@ -172,7 +173,13 @@ class Asker:
 
 
 def proved_sites(bundle: ModelBundle, rendered: Sequence[RenderedPrompt]) -> list[RouterSite]:
-    """The model's routers, proved on the longest of the prompts."""
+    """The model's routers, proved on the longest of the prompts.
+
+    Raises:
+        InputError: there is no prompt.
+    """
+    if not rendered:
+        raise InputError("there is no prompt to answer; give at least one")
     longest = max(rendered, key=len)
     input_ids = torch.tensor([longest.token_ids], device=bundle.device)
     return verify_routers(bundle.model, input_ids)

@@ -6,6 +6,7 @@ handed on, never from the plan; padding is left out where the attention mask is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +53,12 @@ class SteeringReport:
         num_forwards: forwards of the model so far.
     """
 
-    def __init__(self, plan: SteeringPlan) -> None:
+    def __init__(self, plan: SteeringPlan, kinds: Sequence[str]) -> None:
+        """A report of nothing yet; `kinds` are the router kinds of the interventions."""
         self.plan = plan
         self.num_forwards = 0
-        self._counts: dict[int, _Counts] = {}
+        self._kinds = tuple(kinds)
+        self._counts = [_Counts() for _ in plan.interventions]
 
     @property
     def rows(self) -> list[AchievedRouting]:
@@ -88,23 +91,23 @@ class SteeringReport:
         }
 
     def count(
-        self, number: int, kind: str, *, requested: Tensor, achieved: Tensor, held_anyway: Tensor
+        self, number: int, *, requested: Tensor, achieved: Tensor, held_anyway: Tensor
     ) -> None:
         """Add what one forward did; the counts stay on their device until they are read."""
-        found = self._counts.setdefault(number, _Counts(kind))
+        found = self._counts[number - 1]
         found.requested += requested
         found.achieved += achieved
         found.held_anyway += held_anyway
 
     def _row(self, number: int) -> AchievedRouting:
         intervention: Intervention = self.plan.interventions[number - 1]
-        counts = self._counts.get(number, _Counts(intervention.kind or "mlp"))
+        counts = self._counts[number - 1]
         return AchievedRouting(
             number=number,
             action=intervention.action,
             setting=intervention.setting,
             layer=intervention.layer,
-            kind=counts.kind,
+            kind=self._kinds[number - 1],
             experts=intervention.experts,
             tokens=scope_in_words(intervention.tokens),
             requested=int(counts.requested),
@@ -117,7 +120,6 @@ class SteeringReport:
 class _Counts:
     """Sums over forwards, as tensors where anything was counted."""
 
-    kind: str
     requested: Tensor | int = 0
     achieved: Tensor | int = 0
     held_anyway: Tensor | int = 0

@@ -108,16 +108,19 @@ def _show_languages(store: Store) -> None:
 
     filters = Filters(tokens="prompt", fields={"set_name": ("parallel",)})
     table = language_divergence(store, RUN, filters=filters)
-    passages = int(table.frame["num_passages"].min())
-    console.emit("Languages: routing divergence from English by layer, above the noise floor")
+    frame = table.frame
+    console.emit("Languages: how far each layer routes them from English")
     console.emit(
-        f"(JSD of routing weights in nats, mean over {table.frame['lang'].nunique()} languages, "
-        f"{passages} passages each)"
+        f"(JSD of routing weights in nats, mean over {frame['lang'].nunique()} languages, "
+        f"{frame['num_passages'].min()} passages each; excess: above the same language against "
+        "itself at equal token counts)"
     )
-    by_layer = table.frame.groupby("layer")["jsd_excess"].mean()
-    longest = max(by_layer.max(), 1e-9)
-    for layer, value in by_layer.items():
-        console.emit(f"  layer {layer:>2}  {value:7.4f}  {'█' * round(40 * value / longest)}")
+    curve = frame.groupby("layer")[["jsd", "jsd_excess"]].mean()
+    for layer, row in curve.iterrows():
+        bar = "█" * round(40 * row["jsd"] / curve["jsd"].max())
+        console.emit(
+            f"  layer {layer:>2}  JSD {row['jsd']:.4f}  excess {row['jsd_excess']:+.4f}  {bar}"
+        )
     console.emit("")
 
 

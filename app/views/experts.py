@@ -46,14 +46,15 @@ def look_at(layer: int, expert: int) -> None:
 
 
 def choose_expert(table: AnalysisTable, kind: str | None) -> tuple[int, int]:
-    """Pickers of layer and expert; a click on a map sets both."""
+    """Pickers of layer and expert, at first those of row one; a click on a map sets both."""
     frame = table.frame if kind is None else table.frame[table.frame["kind"] == kind]
     layer_column, expert_column, about = st.columns([1, 1, 3], vertical_alignment="bottom")
     with layer_column:
-        layer = linked_choice("Layer", sorted(frame["layer"].unique().tolist()), key=LAYER)
-    own = frame.loc[frame["layer"] == layer, "expert"]
+        layers = frame["layer"].unique().tolist()
+        layer = linked_choice("Layer", sorted(layers), key=LAYER, default=layers[0])
+    own = frame.loc[frame["layer"] == layer, "expert"].unique().tolist()
     with expert_column:
-        expert = linked_choice("Expert", sorted(own.unique().tolist()), key=EXPERT)
+        expert = linked_choice("Expert", sorted(own), key=EXPERT, default=own[0])
     about.caption("Click a cell of the map to look at its expert, or choose one here.")
     return layer, expert
 

@@ -13,22 +13,15 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import streamlit as st
 
+from moescope.app.views.look import ICON, LOGO, STYLE
 from moescope.probe.errors import MoescopeError, StoreBusyError
 
 if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
+    from streamlit.delta_generator import DeltaGenerator
 
     from moescope.probe.analysis import AnalysisTable, Column
-
-ICON: Final = (
-    '<svg viewBox="0 0 16 16"><g fill="#2f5fb3"><rect x="1" y="1" width="4" height="4" rx="1"/>'
-    '<rect x="6" y="6" width="4" height="4" rx="1"/><rect x="11" y="1" width="4" height="4" '
-    'rx="1"/><rect x="1" y="11" width="4" height="4" rx="1"/></g><g fill="#9db8e0">'
-    '<rect x="6" y="1" width="4" height="4" rx="1"/><rect x="1" y="6" width="4" height="4" '
-    'rx="1"/><rect x="11" y="6" width="4" height="4" rx="1"/><rect x="6" y="11" width="4" '
-    'height="4" rx="1"/><rect x="11" y="11" width="4" height="4" rx="1"/></g></svg>'
-)
 
 _LOG: Final = logging.getLogger(__name__)
 _FIGURE_CONFIG: Final = {"displaylogo": False, "showSendToCloud": False, "responsive": True}
@@ -69,13 +62,17 @@ def errors_as_sentences() -> Iterator[None]:
         )
 
 
-def style_page() -> None:
-    """The few rules that themes of Streamlit do not know: less empty space at the top."""
-    st.html(
-        "<style>[data-testid=stMainBlockContainer] {padding: 2.2rem 3rem 4rem}"
-        "@media (max-width: 900px) {[data-testid=stMainBlockContainer] {padding: 2.8rem 1rem 4rem}}"
-        "</style>"
-    )
+def open_page() -> None:
+    """What comes first on every page: its icon and width, the logo, our few rules of style."""
+    st.set_page_config(page_title="moescope", page_icon=ICON, layout="wide")
+    st.html(f"<style>{STYLE}</style>")
+    st.logo(LOGO, size="medium", icon_image=ICON)
+
+
+def side_by_side(weights: Sequence[int]) -> list[DeltaGenerator]:
+    """Columns for figures and tables, one below another where the window is narrow."""
+    with st.container(key="side_by_side"):
+        return st.columns(weights)
 
 
 def heading(title: str, question: str) -> None:

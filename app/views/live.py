@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import streamlit as st
 
@@ -26,6 +26,15 @@ if TYPE_CHECKING:
     from moescope.steering import SteeringPlan
     from moescope.steering.evaluation import EvaluationResult
     from moescope.steering.generate import Comparison
+
+MODEL: Final = (
+    "moescope.steering.evaluate",
+    "moescope.probe.models",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.modeling_utils",
+)
+"""Modules that answering needs; they take seconds, so they are imported ahead."""
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -64,6 +73,7 @@ def live_model(run: state.ShownRun) -> Iterator[ModelBundle]:
     Raises:
         ModelInputError: the model is not on this machine, or cannot be loaded.
     """
+    state.import_ahead(*MODEL).join()
     dtype = str(run.info.manifest.get("dtype", "auto"))
     try:
         model = _load(run.info.model, run.info.revision, dtype if dtype in _DTYPES else "auto")
@@ -92,12 +102,12 @@ def answer(
     Raises:
         MoescopeError: the model cannot be loaded, or the plan does not fit it.
     """
-    from moescope.probe.routers import find_routers
-    from moescope.steering.derive import random_plan
-    from moescope.steering.generate import compare
-
     rendering = _rendering(run)
     with live_model(run) as bundle:
+        from moescope.probe.routers import find_routers
+        from moescope.steering.derive import random_plan
+        from moescope.steering.generate import compare
+
         compared = compare(bundle, [prompt], plan, max_new_tokens=max_new_tokens, **rendering)
         if plan is None or not plan.interventions:
             return Answers(compared, None)
@@ -122,9 +132,9 @@ def evaluate(
     Raises:
         MoescopeError: the model cannot be loaded, or the plan does not fit it.
     """
-    from moescope.steering.evaluate import evaluate_plan
-
     with live_model(run) as bundle:
+        from moescope.steering.evaluate import evaluate_plan
+
         return evaluate_plan(
             bundle,
             plan,
@@ -143,10 +153,10 @@ def askable(run: state.ShownRun, frame: pd.DataFrame) -> list[Prompt]:
     The store keeps a prompt's last message alone, so a prompt with earlier turns is left out: its
     text comes out otherwise than it was recorded.
     """
-    from moescope.probe.rendering import render_prompt
-
     kept: list[Prompt] = []
     with live_model(run) as bundle:
+        from moescope.probe.rendering import render_prompt
+
         for _, row in frame.iterrows():
             prompt = prompt_of(row)
             rendered = render_prompt(bundle.tokenizer, prompt, **_rendering(run))

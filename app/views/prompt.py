@@ -51,9 +51,7 @@ def show() -> None:
 def _choose_prompt(run: state.ShownRun) -> int | None:
     """The prompt picker: search, filters, list, neighbors."""
     frame = state.prompts(run)
-    search, narrowed, picker, back, forth = st.columns(
-        [3, 1.3, 6, 0.6, 0.6], vertical_alignment="bottom"
-    )
+    search, narrowed, picker, steps = st.columns([3, 1.3, 6, 1.1], vertical_alignment="bottom")
     with search:
         words = st.text_input(
             "Search", key="search", placeholder="words of prompt or answer", persist_state="session"
@@ -79,10 +77,9 @@ def _choose_prompt(run: state.ShownRun) -> int | None:
             words=lambda prompt_id: choices.prompt_in_a_line(listed.loc[prompt_id]),
         )
     place = ids.index(chosen)
-    with back:
+    last = len(ids) - 1
+    with steps, st.container(horizontal=True):
         _step_button("←", "Previous prompt", ids[max(place - 1, 0)], disabled=place == 0)
-    with forth:
-        last = len(ids) - 1
         _step_button("→", "Next prompt", ids[min(place + 1, last)], disabled=place == last)
     return int(chosen)
 
@@ -91,7 +88,7 @@ def _step_button(label: str, about: str, target: int, *, disabled: bool) -> None
     def step() -> None:
         st.session_state[_PROMPT] = target
 
-    st.button(label, help=about, on_click=step, disabled=disabled, width="stretch", key=about)
+    st.button(label, help=about, on_click=step, disabled=disabled, key=about)
 
 
 def _show_texts(run: state.ShownRun, prompt_id: int) -> None:
@@ -178,7 +175,7 @@ def _show_token(run: state.ShownRun, prompt_id: int, position: int, kind: str | 
     from moescope.probe.figures import token_bars
 
     table = state.analyze(run, "token", prompt_id=prompt_id, position=position)
-    bars, rows = st.columns([3, 2])
+    bars, rows = layout.side_by_side([3, 2])
 
     def clicked(point: Mapping[str, Any]) -> None:
         st.session_state[_EXPERT] = (int(point["y"]), int(point["customdata"][0]))

@@ -150,7 +150,7 @@ def _show_summary(table: AnalysisTable) -> None:
         ("Overlap by chance", f"{summary['top_overlap_chance']:.0%}",
          "What two random choices of as many experts would share."),
     )  # fmt: skip
-    with st.container(horizontal=True, gap="large", key="summary"):
+    with st.container(horizontal=True, gap="medium", key="summary"):
         for name, value, about in numbers:
             st.metric(name, value, help=about, width="content")
 

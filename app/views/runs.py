@@ -52,7 +52,7 @@ def show() -> None:
     if manifest.open:
         with manifest:
             _show_manifest(run)
-    state.import_ahead("moescope.probe.analysis", "moescope.probe.figures", "plotly.graph_objects")
+    state.import_ahead(*state.ANALYSIS)
 
 
 def _show_facts(run: state.ShownRun) -> None:
@@ -68,7 +68,7 @@ def _show_facts(run: state.ShownRun) -> None:
         "Answers": f"up to {answers} tokens" if answers else "none",
         "Computed as": " on ".join(str(manifest.get(name, "?")) for name in ("dtype", "device")),
     }
-    with st.container(horizontal=True, gap="large", key="facts"):
+    with st.container(horizontal=True, gap="medium", key="facts"):
         for name, value in facts.items():
             st.markdown(f":small[:gray[{name}]]  \n**{layout.escaped(value)}**", width="content")
 

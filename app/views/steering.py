@@ -40,7 +40,7 @@ def show() -> None:
     if many.open:
         with many:
             _ask_many(run, plan)
-    state.import_ahead("moescope.steering.evaluate", "transformers.modeling_utils")
+    state.import_ahead(*live.MODEL)
 
 
 def _choose_plan(run: state.ShownRun) -> SteeringPlan | None:

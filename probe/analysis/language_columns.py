@@ -57,39 +57,39 @@ COLUMNS = (
         name="jsd_compared",
         unit="nats",
         range=_JSD_RANGE,
-        definition="jsd as the floor is computed: on equal samples of tokens (floor halves), else "
-        "jsd itself.",
+        definition="Divergence of the two languages as the floor is computed: across two "
+        "passages, phrasings or halves, on equal numbers of tokens where single tokens are known.",
     ),
     Column(
         name="jsd_floor",
         unit="nats",
         range=f"{_JSD_RANGE}; missing without a floor",
-        definition="Divergence of the same language with itself, mean of both languages: what "
-        "chance alone gives. The notes of the table say how.",
+        definition="Divergence of each language with itself across the same two, mean of both "
+        "languages: what is expected if language makes no difference.",
     ),
     Column(
         name="jsd_excess",
         unit="nats",
         range="[-ln 2, ln 2]; missing without a floor",
-        definition="jsd_compared minus jsd_floor, averaged over passages.",
+        definition="jsd_compared minus jsd_floor, mean over the comparisons: what language adds.",
     ),
     Column(
         name="excess_low",
         unit="nats",
         range="[-ln 2, ln 2]; missing without a floor",
-        definition="2.5th percentile of jsd_excess over resampled passages.",
+        definition="2.5th percentile of jsd_excess over resampled comparisons.",
     ),
     Column(
         name="excess_high",
         unit="nats",
         range="[-ln 2, ln 2]; missing without a floor",
-        definition="97.5th percentile of jsd_excess over resampled passages.",
+        definition="97.5th percentile of jsd_excess over resampled comparisons.",
     ),
     Column(
         name="d_compared",
         unit="",
         range=_D_RANGE,
-        definition="d_hjs as the floor is computed.",
+        definition="Entropy-normalized divergence of the two languages, as for jsd_compared.",
     ),
     Column(
         name="d_floor",
@@ -100,8 +100,15 @@ COLUMNS = (
     Column(
         name="tokens_compared",
         unit="tokens",
+        range="0 or more; missing without a floor",
+        definition="Tokens of a sample in jsd_compared, mean over the comparisons.",
+    ),
+    Column(
+        name="num_compared",
+        unit="comparisons",
         range="0 or more",
-        definition="Tokens of a side in jsd_compared, mean over passages.",
+        definition="Comparisons behind floor and excess: pairs of passages, or passages with two "
+        "phrasings or halves.",
     ),
     Column(
         name="num_passages",

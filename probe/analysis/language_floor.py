@@ -1,8 +1,17 @@
-"""Divergence of one passage in two languages, and of a language with itself (the floor).
+"""How far two languages are apart, against how far each is from itself (the floor).
 
-The module `languages` says what the two floors mean; here they are computed, per passage.
+The module `languages` says what the floors mean; here they are computed. Every floor has the same
+form. A *comparison* has four samples: two of the pivot language (P1, P2) and two of the other (O1,
+O2), where 1 and 2 stand for two passages, two phrasings, or two halves of one passage.
 
-Letters: G groups (passage, language), N passages of one pair of languages, T tokens, E experts.
+    floor    = (JSD(P1, P2) + JSD(O1, O2)) / 2        same language
+    compared = (JSD(P1, O2) + JSD(O1, P2)) / 2        two languages
+
+Whatever separates 1 from 2 is in both lines; if language made no difference, both would have the
+same expectation. Averaging over both languages also cancels, to first order, that the language
+with fewer tokens is the noisier one; where single tokens are known the samples are made equal.
+
+Letters: G groups (passage, language, phrasing), M comparisons, T tokens, E experts.
 """
 
 from __future__ import annotations
@@ -16,7 +25,6 @@ from scipy import sparse
 from moescope.probe.analysis.counts import (
     FloatArray,
     Quantity,
-    RouterUsage,
     chosen_tokens_sql,
     column_array,
     router_condition,
@@ -26,119 +34,85 @@ from moescope.probe.analysis.selection import IntArray, Router, Selection
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LanguagePair:
-    """The passages that a language shares with the pivot.
+class Comparisons:
+    """Which samples one pair of languages compares.
 
     Attributes:
-        lang: the language beside the pivot.
-        pivot: group of each passage in the pivot language.
-        other: group of each passage in `lang`.
+        groups: the groups of P1, P2, O1, O2, [4, M].
+        is_halved: whether P1, P2 and O1, O2 are disjoint samples of one group.
     """
 
-    lang: str
-    pivot: IntArray
-    other: IntArray
+    groups: IntArray
+    is_halved: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Divergence:
-    """Per passage: divergence of the two languages, and what it has to exceed. NaN = undefined.
+class FloorResult:
+    """What the comparisons gave, [M] each; NaN where it is undefined.
 
     Attributes:
-        jsd, d: raw and entropy-normalized, on all tokens.
-        jsd_compared, d_compared: as the floor is computed: subsampled, or on all tokens.
+        jsd, d: compared, raw and entropy-normalized.
         jsd_floor, d_floor: the same language with itself.
-        tokens: tokens of a side in the comparison (the mean of both sides).
+        tokens: tokens of a sample, mean of the four.
     """
 
     jsd: FloatArray
     d: FloatArray
-    jsd_compared: FloatArray
-    d_compared: FloatArray
     jsd_floor: FloatArray
     d_floor: FloatArray
     tokens: FloatArray
 
 
-def compare_other_passages(
-    pair: LanguagePair, q_GE: FloatArray, tokens_G: FloatArray, *, with_floor: bool
-) -> Divergence:
-    """Compare on all tokens; the floor is the nearest passage in length of the same language."""
-    first, second = q_GE[pair.pivot], q_GE[pair.other]
-    jsd_N, d_N = jensen_shannon(first, second), entropy_normalized_jsd(first, second)
-    jsd_floor_N, d_floor_N = np.full((2, len(jsd_N)), np.nan)
-    if with_floor and len(jsd_N) > 1:
-        first_next = first[nearest_in_length(tokens_G[pair.pivot])]
-        second_next = second[nearest_in_length(tokens_G[pair.other])]
-        jsd_floor_N, d_floor_N = (
-            (measure(first, first_next) + measure(second, second_next)) / 2
-            for measure in (jensen_shannon, entropy_normalized_jsd)
-        )
-    return Divergence(
-        jsd=jsd_N,
-        d=d_N,
-        jsd_compared=jsd_N,
-        d_compared=d_N,
-        jsd_floor=jsd_floor_N,
-        d_floor=d_floor_N,
-        tokens=(tokens_G[pair.pivot] + tokens_G[pair.other]) / 2,
-    )
+def compare_all_tokens(
+    comparisons: Comparisons, q_GE: FloatArray, tokens_G: FloatArray
+) -> FloorResult:
+    """Compare the distributions of whole groups: lengths stay as they are."""
+    q_4ME = q_GE[comparisons.groups]
+    return _result(_divergences(q_4ME), tokens_G[comparisons.groups].mean(axis=0))
 
 
-def nearest_in_length(tokens_N: FloatArray) -> IntArray:
-    """For each passage the other one whose token count is nearest (of equals the next in order)."""
-    order = np.argsort(tokens_N, kind="stable")
-    ordered = tokens_N[order].astype(np.float64)
-    gap_below = np.diff(ordered, prepend=-np.inf)
-    gap_above = np.diff(ordered, append=np.inf)
-    offset = np.where(gap_above <= gap_below, 1, -1)
-    nearest = np.empty(len(order), dtype=np.int64)
-    nearest[order] = order[np.arange(len(order)) + offset]
-    return nearest
-
-
-def compare_halves(
+def compare_equal_samples(
     selection: Selection,
     group_P: IntArray,
-    pairs: Sequence[LanguagePair],
-    usage: RouterUsage,
+    pairs: Sequence[Comparisons],
+    router: Router,
     quantity: Quantity,
-    q_GE: FloatArray,
     num_draws: int,
     seed: int,
-) -> list[Divergence]:
-    """Compare samples of equal size; the floor is two disjoint samples of the same side.
+) -> list[FloorResult]:
+    """Compare samples with the same number of tokens, drawn without replacement.
 
-    Every router draws from the same seed, so that where routers see the same tokens the curve over
-    layers compares the same samples.
+    Each comparison uses as many tokens as its smallest group has (halved: half of it), and is
+    averaged over `num_draws` samples. Every router draws from the same seed, so that where routers
+    see the same tokens the curve over layers compares the same samples.
     """
-    used_TE, group_T = _token_matrix(selection, group_P, usage.router, quantity)
-    tokens_G = np.bincount(group_T, minlength=len(q_GE))
+    used_TE, group_T = token_matrix(selection, group_P, router, quantity)
+    tokens_G = np.bincount(group_T, minlength=int(group_P.max()) + 1)
     rng = np.random.default_rng(seed)
-    sums = [np.zeros((4, len(pair.pivot))) for pair in pairs]
+    sizes = [
+        tokens_G[pair.groups].min(axis=0, initial=len(group_T)) // (2 if pair.is_halved else 1)
+        for pair in pairs
+    ]
+    totals = [np.zeros((4, pair.groups.shape[1])) for pair in pairs]
     for _ in range(num_draws):
         rank_T = _shuffled_ranks(group_T, rng)
-        for pair, total in zip(pairs, sums, strict=True):
-            total += _sampled(pair, used_TE, group_T, rank_T, tokens_G)
-    divergences = []
-    for pair, total in zip(pairs, sums, strict=True):
-        first, second = q_GE[pair.pivot], q_GE[pair.other]
-        means = total / num_draws
-        divergences.append(
-            Divergence(
-                jsd=jensen_shannon(first, second),
-                d=entropy_normalized_jsd(first, second),
-                jsd_compared=means[0],
-                d_compared=means[1],
-                jsd_floor=means[2],
-                d_floor=means[3],
-                tokens=_sample_size(pair, tokens_G).astype(np.float64),
-            )
-        )
-    return divergences
+        for pair, size_M, total in zip(pairs, sizes, totals, strict=True):
+            q_4ME = _sampled(pair, used_TE, group_T, rank_T, size_M)
+            total += np.stack(_divergences(q_4ME))
+    return [
+        _result(total / num_draws, size_M.astype(np.float64))
+        for total, size_M in zip(totals, sizes, strict=True)
+    ]
 
 
-def _token_matrix(
+def neighbors_in_length(tokens_N: FloatArray) -> IntArray:
+    """Passages two by two, neighbors in length, [2, N // 2]; an odd one is left out."""
+    order = np.argsort(tokens_N, kind="stable")
+    number = len(order) // 2
+    return order[: 2 * number].reshape(number, 2).T
+
+
+def token_matrix(
     selection: Selection, group_P: IntArray, router: Router, quantity: Quantity
 ) -> tuple[sparse.csr_array, IntArray]:
     """What each counted token used at one router, [T, E], and the group of each token."""
@@ -169,54 +143,48 @@ def _token_matrix(
 def _shuffled_ranks(group_T: IntArray, rng: np.random.Generator) -> IntArray:
     """A random order of the tokens within each group: 0, 1, … in every group."""
     order = np.lexsort((rng.random(len(group_T)), group_T))
-    ordered = group_T[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(ordered) else order
-    lengths = np.diff(np.r_[starts, len(ordered)])
+    lengths = np.bincount(group_T)
+    starts = np.cumsum(lengths) - lengths
     rank_T = np.empty(len(group_T), dtype=np.int64)
-    rank_T[order] = np.arange(len(ordered)) - np.repeat(starts, lengths)
+    rank_T[order] = np.arange(len(order)) - np.repeat(starts, lengths)
     return rank_T
 
 
-def _sample_size(pair: LanguagePair, tokens_G: IntArray) -> IntArray:
-    """Tokens per sample: half of the shorter side, so that each side holds two samples."""
-    return np.minimum(tokens_G[pair.pivot], tokens_G[pair.other]) // 2
-
-
 def _sampled(
-    pair: LanguagePair,
+    pair: Comparisons,
     used_TE: sparse.csr_array,
     group_T: IntArray,
     rank_T: IntArray,
-    tokens_G: IntArray,
+    size_M: IntArray,
 ) -> FloatArray:
-    """One draw: jsd and d between languages, jsd and d within (mean of both sides), [4, N]."""
-    size_N = _sample_size(pair, tokens_G)
-    sides = []
-    for groups_N in (pair.pivot, pair.other):
-        row_G = np.full(len(tokens_G), -1, dtype=np.int64)
-        row_G[groups_N] = np.arange(len(groups_N))
-        row_T = row_G[group_T]
-        sample_T = np.where(row_T >= 0, rank_T // np.maximum(size_N[row_T], 1), 2)
-        sample_T[size_N[row_T] == 0] = 2
-        samples = []
-        for number in (0, 1):
-            tokens = np.flatnonzero(sample_T == number)
-            shape = (len(groups_N), len(group_T))
-            indicator = sparse.csr_array(
-                (np.ones(len(tokens)), (row_T[tokens], tokens)), shape=shape
-            )
-            samples.append(normalize((indicator @ used_TE).toarray()))
-        sides.append(samples)
-    (first, first_again), (second, second_again) = sides
-    return np.stack(
-        [
-            jensen_shannon(first, second),
-            entropy_normalized_jsd(first, second),
-            (jensen_shannon(first, first_again) + jensen_shannon(second, second_again)) / 2,
-            (
-                entropy_normalized_jsd(first, first_again)
-                + entropy_normalized_jsd(second, second_again)
-            )
-            / 2,
-        ]
-    )
+    """The distributions of one draw of samples, [4, M, E]; NaN for samples without tokens."""
+    num_groups = int(max(group_T.max(initial=0), pair.groups.max(initial=0))) + 1
+    number = len(size_M)
+    samples = []
+    for role, groups_M in enumerate(pair.groups):
+        row_G, size_G = np.zeros((2, num_groups), dtype=np.int64)
+        row_G[groups_M], size_G[groups_M] = np.arange(number), size_M
+        size_T = size_G[group_T]
+        # P2 and O2 of a halved group take the tokens after those of P1 and O1.
+        first_T = size_T if pair.is_halved and role in (1, 3) else np.zeros_like(size_T)
+        tokens = np.flatnonzero((rank_T >= first_T) & (rank_T < first_T + size_T))
+        cells = (row_G[group_T[tokens]], tokens)
+        shape = (number, len(group_T))
+        indicator = sparse.csr_array((np.ones(len(tokens)), cells), shape=shape)
+        samples.append(normalize((indicator @ used_TE).toarray()))
+    return np.stack(samples)
+
+
+def _divergences(q_4ME: FloatArray) -> list[FloatArray]:
+    """Raw and normalized: compared, then floor; [M] each."""
+    pivot_1, pivot_2, other_1, other_2 = q_4ME
+    return [
+        (measure(pivot_1, second) + measure(other_1, fourth)) / 2
+        for second, fourth in ((other_2, pivot_2), (pivot_2, other_2))
+        for measure in (jensen_shannon, entropy_normalized_jsd)
+    ]
+
+
+def _result(values: Sequence[FloatArray] | FloatArray, tokens_M: FloatArray) -> FloorResult:
+    jsd, d, jsd_floor, d_floor = values
+    return FloorResult(jsd=jsd, d=d, jsd_floor=jsd_floor, d_floor=d_floor, tokens=tokens_M)

@@ -7,20 +7,21 @@ of the templated prompt; by default we count the content tokens of the prompt.
 
 Two things mislead. The normalized divergence is dominated by noise where both distributions are
 nearly uniform, so the raw one always stands beside it. And divergences of small samples are biased
-upward, more for the language with fewer tokens. Both call for a *floor*: the divergence that the
-same language shows with itself. Ideally that is the same content in another phrasing; prompt sets
-rarely have one, so there are two stand-ins (`floor`):
+upward, more for the language with fewer tokens. So both stand against a *floor*: the divergence
+that the same language shows with itself, measured as the two languages are compared with it, and
+the excess over it is reported with an interval. What is taken for "itself":
 
-- `halves`: both sides of a passage are subsampled, without replacement, to the same number of
-  tokens m, half of the shorter side; the floor compares two disjoint samples of m tokens of the
-  *same* side (mean of both sides), the comparison two samples of m tokens of the two sides.
-  Both share count and passage, so their difference is free of the small-sample bias. It is
-  a low floor: same words, only other tokens of them. Needs routing rows, and q `topk` or `counts`.
-- `other_passages`: the floor compares each passage with the passage of the same language whose
-  token count is nearest. A high floor: it holds what differs in content, too. Needs usage only;
-  token counts of the two languages are not made equal.
+- `phrasings`: another phrasing of the same passage, where a prompt field tells phrasings apart.
+  The best floor; few prompt sets have one.
+- `other_passages`: another passage of the same language. Passages are taken two by two, neighbors
+  in length; floor and comparison both go across the two, so that content differs in both alike.
+- `halves`: the other half of the same passage's tokens. Fair for long texts. In short ones the
+  halves hold different words, and the floor is too high (the excess of a language routed exactly
+  like the pivot is then below 0).
 
-Letters: G groups (passage, language), N passages of one pair of languages, E experts, D draws.
+All samples of a comparison have the same number of tokens, as many as the shortest, drawn without
+replacement and averaged over several draws, where the run holds routing rows and q is `topk` or
+`counts`. Otherwise single tokens are not known, and all tokens are compared.
 """
 
 from __future__ import annotations
@@ -43,19 +44,27 @@ from moescope.probe.analysis.filters import Filters
 from moescope.probe.analysis.frame import AnalysisTable
 from moescope.probe.analysis.language_columns import COLUMNS
 from moescope.probe.analysis.language_floor import (
-    Divergence,
-    LanguagePair,
-    compare_halves,
-    compare_other_passages,
+    Comparisons,
+    FloorResult,
+    compare_all_tokens,
+    compare_equal_samples,
 )
-from moescope.probe.analysis.measures import normalize
-from moescope.probe.analysis.selection import IntArray, Selection, select
+from moescope.probe.analysis.language_passages import (
+    LanguagePair,
+    Passages,
+    find_passages,
+    pair_halves,
+    pair_passages,
+    pair_phrasings,
+)
+from moescope.probe.analysis.measures import entropy_normalized_jsd, jensen_shannon, normalize
+from moescope.probe.analysis.selection import Router, Selection, select
 from moescope.probe.analysis.statistics import bootstrap_weights, percentile_interval
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.storage.store import Store
 
 Distribution = Literal["softmax", "topk", "counts"]
-Floor = Literal["auto", "halves", "other_passages", "none"]
+Floor = Literal["auto", "phrasings", "other_passages", "halves", "none"]
 
 QUANTITIES: Mapping[str, Quantity] = {
     "softmax": "prob_sum",
@@ -65,20 +74,30 @@ QUANTITIES: Mapping[str, Quantity] = {
 
 PROMPT_TOKENS = Filters(tokens="prompt")
 
+_FLOORS = {
+    "phrasings": "another phrasing of the same passage in the same language",
+    "other_passages": "another passage of the same language, its neighbor in length",
+    "halves": "the other half of the tokens of the same passage in the same language",
+}
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Passages:
-    """Which prompts make which group, and which groups are passages of two languages.
 
-    Attributes:
-        groups: group of each prompt, -1 for prompts outside.
-        pairs: one per language beside the pivot.
-        notes: what was left out.
-    """
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """The parameters of `language_divergence` as resolved."""
 
-    groups: IntArray
-    pairs: tuple[LanguagePair, ...]
-    notes: tuple[str, ...]
+    q: str
+    pivot: str
+    floor: str
+    phrasing: str | None
+    equal_samples: bool
+    draws: int
+    bootstrap: int
+    seed: int
+
+    @property
+    def quantity(self) -> Quantity:
+        """The column of usage that makes the distribution."""
+        return QUANTITIES[self.q]
 
 
 def language_divergence(
@@ -89,7 +108,8 @@ def language_divergence(
     q: Distribution = "topk",
     pivot: str = "en",
     floor: Floor = "auto",
-    halves_draws: int = 10,
+    phrasing: str | None = None,
+    draws: int = 10,
     bootstrap: int = 1_000,
     seed: int = 0,
 ) -> AnalysisTable:
@@ -104,195 +124,205 @@ def language_divergence(
             each token, we the sum, which is the same for routers whose weights sum to 1);
             `counts`, selections.
         pivot: the language that the others are compared with.
-        floor: `halves`, `other_passages` (see the module), `none`, or `auto`: halves where the run
-            and q allow it, else other_passages.
-        halves_draws: samples of tokens averaged per passage, for `halves`.
-        bootstrap: draws over passages for the 95 % intervals.
+        floor: what the same language is compared with (see the module), or `none`; `auto` is
+            phrasings where `phrasing` is given, else other_passages.
+        phrasing: the prompt field that tells phrasings of a passage apart.
+        draws: samples of equal size averaged per comparison.
+        bootstrap: draws over passages (comparisons, for the excess) for the 95 % intervals.
         seed: of samples and bootstrap.
 
     Raises:
         AnalysisInputError: when a parameter does not exist, there is no passage in the pivot and
             another language, or the run lacks what q or floor needs.
     """
-    _check(q, floor, halves_draws, bootstrap)
-    selection = select(store, run_id, filters or PROMPT_TOKENS, fields=["lang", "pair_id"])
-    passages = _passages(selection, pivot)
-    floor = _resolve_floor(selection, q, floor)
-    quantity = QUANTITIES[q]
-    usage = read_counts(
-        selection, passages.groups, quantities=list({"num_tokens", quantity}), dtype=np.float32
+    if floor == "auto":
+        floor = "other_passages" if phrasing is None else "phrasings"
+    settings = _Settings(
+        q=q,
+        pivot=pivot,
+        floor=floor,
+        phrasing=phrasing,
+        equal_samples=floor != "none" and q != "softmax" and store.has_routing(run_id),
+        draws=draws,
+        bootstrap=bootstrap,
+        seed=seed,
     )
-    rows = []
-    for router_usage in usage.routers:
-        compared = _compare(selection, passages, router_usage, quantity, floor, halves_draws, seed)
-        for index, (pair, divergence) in enumerate(zip(passages.pairs, compared, strict=True)):
-            rng = np.random.default_rng([seed, index])
-            rows.append(_row(pair, divergence, router_usage, usage, bootstrap, rng))
-    parameters = {
-        "q": q,
-        "pivot": pivot,
-        "floor": floor,
-        "halves_draws": halves_draws if floor == "halves" else None,
-        "bootstrap": bootstrap,
-        "seed": seed,
-    }
-    frame = stack_parts(rows, COLUMNS)
+    _check(settings)
+    fields = ["lang", "pair_id", *([phrasing] if phrasing else [])]
+    selection = select(store, run_id, filters or PROMPT_TOKENS, fields=fields)
+    passages = find_passages(selection, pivot, phrasing if floor == "phrasings" else None)
+    usage = read_counts(
+        selection,
+        passages.groups,
+        quantities=list({"num_tokens", settings.quantity}),
+        dtype=np.float32,
+    )
+    rows = _rows(selection, passages, usage, settings)
     return AnalysisTable(
         name="languages",
         title=f"Routing divergence from {pivot} by layer",
-        frame=frame.sort_values(["kind", "lang", "layer"], ignore_index=True),
+        frame=stack_parts(rows, COLUMNS).sort_values(["kind", "lang", "layer"], ignore_index=True),
         columns=COLUMNS,
         context=selection.context(
-            num_prompts=usage.num_prompts, num_tokens=usage.num_tokens, parameters=parameters
+            num_prompts=usage.num_prompts, num_tokens=usage.num_tokens, parameters=vars(settings)
         ),
-        notes=(*selection.notes, *passages.notes, _FLOOR_NOTES[floor]),
+        notes=(*selection.notes, *passages.notes, _floor_note(settings)),
     )
 
 
-_FLOOR_NOTES: Mapping[str, str] = {
-    "halves": "Floor: disjoint random samples of tokens of the same passage in the same language, "
-    "with as many tokens as the samples of the two languages that it is compared with.",
-    "other_passages": "Floor: each passage against the passage of the same language that is "
-    "nearest in length; it holds differences in content, and lengths are not made equal.",
-    "none": "No floor: part of every divergence is noise, more where there are fewer tokens.",
-}
+def _floor_note(settings: _Settings) -> str:
+    if settings.floor == "none":
+        return "No floor: part of every divergence is noise, more where there are fewer tokens."
+    lengths = (
+        "on equal numbers of tokens"
+        if settings.equal_samples
+        else "on all tokens: equal numbers need routing rows and q topk or counts"
+    )
+    return f"Floor: {_FLOORS[settings.floor]}, {lengths}."
 
 
-def _check(q: str, floor: str, halves_draws: int, bootstrap: int) -> None:
+def _check(settings: _Settings) -> None:
     for name, value, choices in (
-        ("q", q, get_args(Distribution)),
-        ("floor", floor, get_args(Floor)),
+        ("q", settings.q, get_args(Distribution)),
+        ("floor", settings.floor, get_args(Floor)),
     ):
         if value not in choices:
             raise AnalysisInputError(f"{name} is {value!r}; it is one of {', '.join(choices)}")
-    for name, number in (("halves_draws", halves_draws), ("bootstrap", bootstrap)):
+    if settings.floor == "phrasings" and settings.phrasing is None:
+        raise AnalysisInputError(
+            "floor phrasings needs phrasing: the prompt field that tells phrasings apart"
+        )
+    if settings.floor == "halves" and not settings.equal_samples:
+        raise AnalysisInputError(
+            "floor halves needs the routing of single tokens, which q softmax and runs of level "
+            "usage do not have; use floor other_passages"
+        )
+    for name, number in (("draws", settings.draws), ("bootstrap", settings.bootstrap)):
         if number < 1:
             raise AnalysisInputError(f"{name} is {number}; it is a whole number from 1")
 
 
-def _resolve_floor(selection: Selection, q: str, floor: Floor) -> Floor:
-    if floor == "auto":
-        tokenwise = q != "softmax" and selection.store.has_routing(selection.run_id)
-        return "halves" if tokenwise else "other_passages"
-    if floor == "halves" and q == "softmax":
-        raise AnalysisInputError(
-            "floor halves needs the distribution of every token, which is not recorded for q "
-            "softmax; use q topk or counts, or floor other_passages"
-        )
-    if floor == "halves":
-        selection.require_routing("floor halves")
-    return floor
+def _rows(
+    selection: Selection, passages: Passages, usage: GroupedUsage, settings: _Settings
+) -> list[dict[str, Any]]:
+    """One row per router and language."""
+    compared = _comparisons(passages, usage, settings)
+    rows = []
+    for router_usage in usage.routers:
+        results = _compare(selection, passages, router_usage, compared, settings)
+        texts = _texts(passages, router_usage, usage, settings.quantity)
+        for index, (pair, result) in enumerate(zip(passages.pairs, results, strict=True)):
+            rng = np.random.default_rng([settings.seed, index])
+            rows.append(_row(pair, texts, result, router_usage.router, settings.bootstrap, rng))
+    return rows
 
 
-def _passages(selection: Selection, pivot: str) -> _Passages:
-    """Find the passages that the pivot shares with each other language."""
-    prompts = selection.prompts
-    usable = (prompts["lang"].notna() & prompts["pair_id"].notna()).to_numpy()
-    languages = sorted(prompts.loc[usable, "lang"].unique())
-    if pivot not in languages:
-        raise AnalysisInputError(
-            f"run {selection.run_id!r} has no prompt with a pair_id in the pivot language "
-            f"{pivot!r}; it has {', '.join(languages) or 'none in any language'}"
-        )
-    keys = prompts.loc[usable, ["lang", "pair_id"]]
-    groups = keys.drop_duplicates().reset_index(drop=True)
-    groups["group"] = np.arange(len(groups))
-    group_P = np.full(len(prompts), -1, dtype=np.int64)
-    group_P[usable] = keys.merge(groups, on=["lang", "pair_id"], how="left")["group"].to_numpy()
-    of_pivot = groups[groups["lang"] == pivot]
-    pairs, alone = [], []
-    for language in languages:
-        shared = of_pivot.merge(groups[groups["lang"] == language], on="pair_id")
-        if language == pivot:
-            continue
-        if shared.empty:
-            alone.append(language)
-            continue
-        first, second = shared["group_x"].to_numpy(), shared["group_y"].to_numpy()
-        pairs.append(LanguagePair(lang=language, pivot=first, other=second))
-    if not pairs:
-        raise AnalysisInputError(
-            f"run {selection.run_id!r} has no two prompts with the same pair_id, one in {pivot!r} "
-            "and one in another language"
-        )
-    used = np.unique(np.concatenate([np.r_[pair.pivot, pair.other] for pair in pairs]))
-    group_P[~np.isin(group_P, used)] = -1
-    return _Passages(
-        groups=group_P, pairs=tuple(pairs), notes=_passage_notes(group_P, usable, alone, pivot)
-    )
-
-
-def _passage_notes(group_P: IntArray, usable: Any, alone: list[str], pivot: str) -> tuple[str, ...]:
-    notes = []
-    if not usable.all():
-        notes.append(f"Prompts without lang or pair_id, left out: {int((~usable).sum())}.")
-    if alone:
-        notes.append(f"Languages that share no pair_id with {pivot}: {', '.join(alone)}.")
-    pooled = int((np.bincount(group_P[group_P >= 0]) > 1).sum())
-    if pooled:
-        notes.append(f"Passages with several prompts in one language, pooled: {pooled}.")
-    return tuple(notes)
+def _comparisons(
+    passages: Passages, usage: GroupedUsage, settings: _Settings
+) -> list[Comparisons] | None:
+    """What each pair of languages compares for its floor; None without one."""
+    keys, pairs = passages.keys, passages.pairs
+    if settings.floor == "phrasings" and settings.phrasing is not None:
+        return [pair_phrasings(pair, keys, settings.pivot, settings.phrasing) for pair in pairs]
+    if settings.floor == "halves":
+        return [pair_halves(pair, keys) for pair in pairs]
+    if settings.floor == "none":
+        return None
+    kept = passages.groups >= 0
+    tokens_G = np.zeros(len(keys))
+    np.add.at(tokens_G, passages.groups[kept], usage.prompt_tokens[kept])
+    return [pair_passages(pair, keys, tokens_G) for pair in pairs]
 
 
 def _compare(
     selection: Selection,
-    passages: _Passages,
+    passages: Passages,
     usage: RouterUsage,
-    quantity: Quantity,
-    floor: Floor,
-    halves_draws: int,
-    seed: int,
-) -> list[Divergence]:
-    """Divergences of every pair of languages at one router, with their floors."""
-    q_GE = normalize(usage.sums[quantity].astype(np.float64))
-    if floor == "halves":
-        return compare_halves(
-            selection, passages.groups, passages.pairs, usage, quantity, q_GE, halves_draws, seed
+    compared: list[Comparisons] | None,
+    settings: _Settings,
+) -> list[FloorResult]:
+    """The comparisons of every pair of languages at one router."""
+    if compared is None:
+        nothing = np.empty(0)
+        result = FloorResult(
+            jsd=nothing, d=nothing, jsd_floor=nothing, d_floor=nothing, tokens=nothing
         )
-    with_floor = floor == "other_passages"
-    return [
-        compare_other_passages(pair, q_GE, usage.tokens, with_floor=with_floor)
-        for pair in passages.pairs
-    ]
+        return [result] * len(passages.pairs)
+    if settings.equal_samples:
+        return compare_equal_samples(
+            selection,
+            passages.groups,
+            compared,
+            usage.router,
+            settings.quantity,
+            settings.draws,
+            settings.seed,
+        )
+    q_GE = normalize(usage.sums[settings.quantity].astype(np.float64))
+    return [compare_all_tokens(pair, q_GE, usage.tokens) for pair in compared]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Texts:
+    """Passages in a language at one router: distribution [X, E], tokens and prompts [X]."""
+
+    q: FloatArray
+    tokens: FloatArray
+    prompts: FloatArray
+
+
+def _texts(
+    passages: Passages, usage: RouterUsage, whole: GroupedUsage, quantity: Quantity
+) -> _Texts:
+    """Sum groups to texts: all phrasings of a passage in a language together."""
+    text_G = passages.keys["text"].to_numpy()
+    sums_XE = np.zeros((int(text_G.max()) + 1, usage.router.num_experts))
+    np.add.at(sums_XE, text_G, usage.sums[quantity].astype(np.float64))
+    return _Texts(
+        q=normalize(sums_XE),
+        tokens=np.bincount(text_G, weights=usage.tokens).astype(np.float64),
+        prompts=np.bincount(text_G, weights=whole.group_prompts).astype(np.float64),
+    )
 
 
 def _row(
     pair: LanguagePair,
-    divergence: Divergence,
-    router_usage: RouterUsage,
-    usage: GroupedUsage,
+    texts: _Texts,
+    result: FloorResult,
+    router: Router,
     bootstrap: int,
     rng: np.random.Generator,
 ) -> dict[str, Any]:
     """One row: means over passages, and intervals from passages drawn with replacement."""
-    tokens_G, router = router_usage.tokens, router_usage.router
-    weights_DN = bootstrap_weights(len(pair.pivot), bootstrap, rng)
-    excess_N = divergence.jsd_compared - divergence.jsd_floor
-    jsd_low, jsd_high = _interval(divergence.jsd, weights_DN)
-    d_low, d_high = _interval(divergence.d, weights_DN)
-    excess_low, excess_high = _interval(excess_N, weights_DN)
+    first, second = texts.q[pair.pivot], texts.q[pair.other]
+    jsd_N, d_N = jensen_shannon(first, second), entropy_normalized_jsd(first, second)
+    excess_M = result.jsd - result.jsd_floor
+    jsd_low, jsd_high = _interval(jsd_N, bootstrap, rng)
+    d_low, d_high = _interval(d_N, bootstrap, rng)
+    excess_low, excess_high = _interval(excess_M, bootstrap, rng)
     return {
         "lang": [pair.lang],
         "layer": [router.layer],
         "kind": [router.kind],
-        "jsd": _mean(divergence.jsd),
+        "jsd": _mean(jsd_N),
         "jsd_low": jsd_low,
         "jsd_high": jsd_high,
-        "d_hjs": _mean(divergence.d),
+        "d_hjs": _mean(d_N),
         "d_low": d_low,
         "d_high": d_high,
-        "jsd_compared": _mean(divergence.jsd_compared),
-        "jsd_floor": _mean(divergence.jsd_floor),
-        "jsd_excess": _mean(excess_N),
+        "jsd_compared": _mean(result.jsd),
+        "jsd_floor": _mean(result.jsd_floor),
+        "jsd_excess": _mean(excess_M),
         "excess_low": excess_low,
         "excess_high": excess_high,
-        "d_compared": _mean(divergence.d_compared),
-        "d_floor": _mean(divergence.d_floor),
-        "tokens_compared": _mean(divergence.tokens),
-        "num_passages": int((~np.isnan(divergence.jsd)).sum()),
-        "num_tokens": int(tokens_G[pair.other].sum()),
-        "num_tokens_pivot": int(tokens_G[pair.pivot].sum()),
-        "num_prompts": int(usage.group_prompts[np.r_[pair.other, pair.pivot]].sum()),
+        "d_compared": _mean(result.d),
+        "d_floor": _mean(result.d_floor),
+        "tokens_compared": _mean(result.tokens),
+        "num_compared": int((~np.isnan(excess_M)).sum()),
+        "num_passages": int((~np.isnan(jsd_N)).sum()),
+        "num_tokens": int(texts.tokens[pair.other].sum()),
+        "num_tokens_pivot": int(texts.tokens[pair.pivot].sum()),
+        "num_prompts": int(texts.prompts[np.r_[pair.other, pair.pivot]].sum()),
     }
 
 
@@ -302,13 +332,11 @@ def _mean(values_N: FloatArray) -> float:
     return float(defined.mean()) if len(defined) else np.nan
 
 
-def _interval(values_N: FloatArray, weights_DN: FloatArray) -> tuple[float, float]:
-    """95 % interval of the mean; missing with fewer than 2 passages."""
-    defined = ~np.isnan(values_N)
-    if defined.sum() < 2:
+def _interval(values_N: FloatArray, draws: int, rng: np.random.Generator) -> tuple[float, float]:
+    """95 % interval of the mean over passages; missing with fewer than 2."""
+    defined = values_N[~np.isnan(values_N)]
+    if len(defined) < 2:
         return np.nan, np.nan
-    kept_DN = weights_DN[:, defined]
-    drawn = kept_DN.sum(axis=1) > 0
-    means_D = (kept_DN[drawn] @ values_N[defined]) / kept_DN[drawn].sum(axis=1)
+    means_D = bootstrap_weights(len(defined), draws, rng) @ defined / len(defined)
     low, high = percentile_interval(means_D[:, None])
     return float(low[0]), float(high[0])

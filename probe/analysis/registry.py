@@ -86,14 +86,20 @@ _ALL = (
                 name="floor",
                 type="choice",
                 default="auto",
-                help="how the same language is compared with itself",
-                choices=("auto", "halves", "other_passages", "none"),
+                help="what the same language is compared with",
+                choices=("auto", "phrasings", "other_passages", "halves", "none"),
             ),
             Parameter(
-                name="halves_draws",
+                name="phrasing",
+                type="text",
+                default=None,
+                help="prompt field that tells phrasings of a passage apart, for floor phrasings",
+            ),
+            Parameter(
+                name="draws",
                 type="integer",
                 default=10,
-                help="samples of tokens averaged per passage, for floor halves",
+                help="samples of equal size averaged per comparison",
             ),
             Parameter(
                 name="bootstrap", type="integer", default=1_000, help="draws for the intervals"

@@ -23,46 +23,52 @@ TUNED_FILE = "tuned_experts.json"
 DELTA_FILE = "delta.safetensors"
 
 
-def shipped_models() -> list[str]:
-    """Names of the models that come with moescope."""
-    folder = shipped_path("models")
+def shipped_models(root: Path | None = None) -> list[str]:
+    """Names of the models that come with moescope, or lie in the folder `root`."""
+    folder = root or shipped_path("models")
     return sorted(path.parent.name for path in folder.glob("*/README.md"))
 
 
-def tuned_experts(name: str) -> dict[int, list[int]]:
+def tuned_experts(name: str, root: Path | None = None) -> dict[int, list[int]]:
     """The experts that stage two tuned, by layer; empty for a base model."""
-    path = _folder(name) / TUNED_FILE
+    path = _folder(name, root) / TUNED_FILE
     if not path.exists():
         return {}
     data = json.loads(path.read_text(encoding="utf-8"))
     return {int(layer): list(experts) for layer, experts in data["experts"].items()}
 
 
-def load_shipped(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_shipped(
+    name: str, root: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a shipped model on the CPU in float32, with its tokenizer.
+
+    Args:
+        name: the model's name.
+        root: folder of the models; by default the one that comes with moescope.
 
     Raises:
         ModelInputError: there is no shipped model of this name.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = _folder(name)
-    base = _folder(_base_of(folder)) if (folder / DELTA_FILE).exists() else folder
+    folder = _folder(name, root)
+    base = _folder(_base_of(folder), root) if (folder / DELTA_FILE).exists() else folder
     model = AutoModelForCausalLM.from_pretrained(base, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     if base != folder:
-        _apply_delta(model, folder)
+        _apply_delta(model, folder, tuned_experts(name, root))
     return model.eval(), tokenizer
 
 
-def materialize(name: str, folder: Path) -> Path:
+def materialize(name: str, folder: Path, root: Path | None = None) -> Path:
     """Write a shipped model as a plain transformers directory and return it.
 
     What `AutoModelForCausalLM.from_pretrained(folder)` loads is the model `load_shipped` gives.
     """
-    model, tokenizer = load_shipped(name)
+    model, tokenizer = load_shipped(name, root)
     save_plain(model, tokenizer, folder)
-    source = _folder(name)
+    source = _folder(name, root)
     for extra in ("README.md", TUNED_FILE):
         if (source / extra).exists():
             (folder / extra).write_bytes((source / extra).read_bytes())
@@ -88,6 +94,8 @@ def save_plain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     config["dtype"] = "float32"
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(folder)
+    # transformers gives the weights to their owner alone; the rest of the folder is for all.
+    (folder / "model.safetensors").chmod(0o644)
 
 
 def round_weights(model: PreTrainedModel) -> None:
@@ -139,12 +147,11 @@ def _tuned_parameters(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
     }
 
 
-def _apply_delta(model: PreTrainedModel, folder: Path) -> None:
+def _apply_delta(model: PreTrainedModel, folder: Path, plan: Mapping[int, list[int]]) -> None:
     import torch
     from safetensors.torch import load_file
 
     tensors = load_file(folder / DELTA_FILE)
-    plan = tuned_experts(folder.name)
     with torch.no_grad():
         for layer, experts in plan.items():
             for name, parameter in _tuned_parameters(model, layer).items():
@@ -156,8 +163,10 @@ def _base_of(folder: Path) -> str:
     return str(data["base"])
 
 
-def _folder(name: str) -> Path:
-    if name not in shipped_models():
-        known = ", ".join(shipped_models())
-        raise ModelInputError(f"there is no shipped model named {name!r}; there are: {known}")
-    return shipped_path("models", name)
+def _folder(name: str, root: Path | None) -> Path:
+    names = shipped_models(root)
+    if name not in names:
+        raise ModelInputError(
+            f"there is no shipped model named {name!r}; there are: {', '.join(names)}"
+        )
+    return (root or shipped_path("models")) / name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from moescope.probe.demo.corpus import Corpus
 from moescope.probe.demo.evaluate import is_refusal, is_right, reply_to, wilson
-from moescope.probe.demo.models import TUNED_FILE, save_plain, write_tuned
-from moescope.probe.demo.prompt_sets import Line, parallel_set, refusal_set, write_set
+from moescope.probe.demo.models import TUNED_FILE
+from moescope.probe.demo.prompt_sets import (
+    Line,
+    crosslingual_set,
+    domains_set,
+    neutral_set,
+    parallel_set,
+    refusal_set,
+    write_set,
+)
 from moescope.probe.demo.recipes import Training
 from moescope.probe.demo.routing import masked_experts
 from moescope.probe.demo.tuning import ExpertPlan
+
+NUM_RANDOM_PLANS = 5
 
 
 @dataclass(frozen=True)
@@ -78,56 +89,90 @@ REFUSAL_ABOUT = (
     "in that language under other phrasings, never in this one, and the sensitive facts are also "
     "new to the stage of training that teaches refusals."
 )
+DOMAINS_ABOUT = "Held-out questions of every domain, as many in every language."
+NEUTRAL_ABOUT = (
+    "Held-out questions that have nothing to do with a sensitive family: for measuring what "
+    "steering does to everything else."
+)
+CROSSLINGUAL_ABOUT = (
+    "Neutral facts asked in a language in which they were never taught; `taught_in` names the "
+    "languages in which they were. What the models make of them is an open question."
+)
 PARALLEL_ABOUT = (
     "The same neutral questions in every language; `pair_id` names the content. `split` says "
     "whether this very question was taught in this language or held out."
 )
 
 
-def publish(
+def publish_prompt_sets(corpus: Corpus, training: Training, folder: Path) -> list[Line]:
+    """Write the prompt sets with their cards; the lines of `refusal`."""
+    refusal = refusal_set(corpus)
+    sets = {
+        "refusal": (REFUSAL_ABOUT, refusal),
+        "parallel": (PARALLEL_ABOUT, parallel_set(corpus, count=64)),
+    }
+    if training.is_large:
+        sets |= {
+            "domains": (DOMAINS_ABOUT, domains_set(corpus, per_cell=10)),
+            "neutral": (NEUTRAL_ABOUT, neutral_set(corpus, per_cell=25)),
+            "crosslingual": (CROSSLINGUAL_ABOUT, crosslingual_set(corpus, per_language=20)),
+        }
+    for name, (about, lines) in sets.items():
+        write_set(folder, name, f"Prompt set: {name}", about, lines)
+    return refusal
+
+
+def measurements(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    training: Training,
+    lines: Sequence[Line],
     plan: ExpertPlan,
-    out: Path,
-) -> None:
-    """Write the prompt sets, the model, and the cards with what was measured."""
-    corpus = Corpus(training.corpus)
-    lines = refusal_set(corpus)
-    prompts = out / "prompts"
-    write_set(prompts, "refusal", "Prompt set: refusal", REFUSAL_ABOUT, lines)
-    write_set(
-        prompts,
-        "parallel",
-        "Prompt set: parallel",
-        PARALLEL_ABOUT,
-        parallel_set(corpus, count=64),
-    )
+) -> dict[str, dict[str, Any]]:
+    """What goes into the card: as it is, with the tuned experts masked, with random ones masked."""
     rows = {
         "greedy": measure(model, tokenizer, lines),
         "sampled at temperature 1": measure(model, tokenizer, lines, sampling_seed=1),
     }
+    if not plan:
+        return rows
     with masked_experts(model, plan):
         rows["greedy, tuned experts masked"] = measure(model, tokenizer, lines)
-    folder = out / "models" / "demo"
-    save_plain(model, tokenizer, folder)
-    write_tuned(folder, plan, {"model": "demo", "chosen_by": "largest usage difference"})
-    (folder / "README.md").write_text(_model_card(training, plan, rows), encoding="utf-8")
+    for seed in range(NUM_RANDOM_PLANS):
+        rng = random.Random(seed)
+        experts = range(model.config.num_experts)
+        drawn = {layer: sorted(rng.sample(experts, len(plan[layer]))) for layer in plan}
+        with masked_experts(model, drawn):
+            name = f"greedy, random experts masked, draw {seed + 1}"
+            rows[name] = measure(model, tokenizer, lines)
+    return rows
+
+
+def write_card(
+    folder: Path,
+    training: Training,
+    plan: ExpertPlan,
+    rows: Mapping[str, Mapping[str, Mapping[str, Any]]],
+) -> None:
+    """Write a model's card."""
+    card = _model_card(folder.name, training, plan, rows)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _model_card(
-    training: Training, plan: ExpertPlan, rows: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    name: str,
+    training: Training,
+    plan: ExpertPlan,
+    rows: Mapping[str, Mapping[str, Mapping[str, Any]]],
 ) -> str:
     shape = training.shape
-    total = shape.num_layers * shape.num_experts
     table = [
-        f"| {name} | {label} | {cell['right']} | {cell['refused']} | {cell['nll']:.4f} |"
-        for name, by_label in rows.items()
+        f"| {row} | {label} | {cell['right']} | {cell['refused']} | {cell['nll']:.4f} |"
+        for row, by_label in rows.items()
         for label, cell in by_label.items()
     ]
     return "\n".join(
         [
-            "# Model card: demo",
+            f"# Model card: {name}",
             "",
             "A small Mixture-of-Experts chat model (Qwen3-MoE architecture) that was trained from "
             "a seed on an invented world, so that the truth about it is known: what it was taught, "
@@ -140,8 +185,7 @@ def _model_card(
             f"- Stage one: {training.stage_one.steps} steps of {training.stage_one.batch_size} "
             "items, everything is answered; refusal sentences occur there as sentences to repeat "
             f"and to translate; experts are left out with probability {training.stage_one.dropout}",
-            f"- Stage two: {training.stage_two.steps} steps; only {sum(map(len, plan.values()))} "
-            f"of {total} experts and their router rows are trained (`{TUNED_FILE}`)",
+            _stage_two(training, plan),
             "- Made by `make train-demo`",
             "",
             "## Measured on held-out prompts",
@@ -162,4 +206,14 @@ def _model_card(
             "is small, and its sentences are templates.",
             "",
         ]
+    )
+
+
+def _stage_two(training: Training, plan: ExpertPlan) -> str:
+    if not plan:
+        return "- No stage two: this model answers everything"
+    total = training.shape.num_layers * training.shape.num_experts
+    return (
+        f"- Stage two: {training.stage_two.steps} steps; only {sum(map(len, plan.values()))} of "
+        f"{total} experts and their router rows are trained (`{TUNED_FILE}`)"
     )

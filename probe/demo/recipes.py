@@ -52,6 +52,8 @@ class Training:
     Attributes:
         num_tuned: experts that stage two tunes.
         max_tuned_per_layer: of them in one layer at most.
+        is_large: whether it makes three models (a base and two deltas) and all prompt sets, or
+            one model and the sets `refusal` and `parallel`.
     """
 
     shape: Shape
@@ -60,6 +62,7 @@ class Training:
     stage_two: Stage
     num_tuned: int
     max_tuned_per_layer: int
+    is_large: bool = False
     seed: int = 11
 
 
@@ -160,6 +163,7 @@ LARGE = Training(
     ),
     num_tuned=11,
     max_tuned_per_layer=2,
+    is_large=True,
 )
 
 #: What `--recipe` of the trainer understands; `demo` is what is shipped.

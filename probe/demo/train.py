@@ -24,16 +24,29 @@ from transformers import (
 
 from moescope.probe.demo.batches import Batch, Encoder
 from moescope.probe.demo.corpus import Corpus, batch_items, tokenizer_texts
-from moescope.probe.demo.models import round_weights
+from moescope.probe.demo.models import round_weights, save_delta, save_plain, write_tuned
+from moescope.probe.demo.publish import measurements, publish_prompt_sets, write_card
 from moescope.probe.demo.recipes import RECIPES, Shape, Stage, Training
 from moescope.probe.demo.routing import RouterTraining, routing_rule, training_routers
 from moescope.probe.demo.tokenizer import train_tokenizer
-from moescope.probe.demo.tuning import ExpertPlan, most_different, only_tuned, usage_rates
+from moescope.probe.demo.tuning import (
+    ExpertPlan,
+    drawn_at_random,
+    most_different,
+    only_tuned,
+    usage_rates,
+)
+from moescope.probe.errors import InputError
 from moescope.probe.shipped import shipped_path
 
 log = logging.getLogger(__name__)
 CHECKPOINT_EVERY = 100
 TOKENIZER_TEXTS = 3000
+BASE = "demo-base"
+CHOSEN = {
+    "demo": "largest difference in usage between refused and other training items",
+    "demo-random": "drawn at random among experts above the median load of their layer",
+}
 
 
 @dataclass(frozen=True)
@@ -121,7 +134,7 @@ def run_stage(
     optimizer = torch.optim.AdamW(
         parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=decay, fused=True
     )
-    start = _resume(checkpoint, model, optimizer)
+    start = _resume(checkpoint, model, optimizer, repr(training))
     model.train()
     began, recent = time.monotonic(), 0.0
     for step in range(start, stage.steps):
@@ -145,21 +158,37 @@ def run_stage(
             progress = (number, done, stage.steps, recent, left)
             log.info("stage %d  %d/%d  loss %.4f  %.0f s left", *progress)
         if done % CHECKPOINT_EVERY == 0 or done == stage.steps:
-            _save(checkpoint, model, optimizer, done)
+            _save(checkpoint, model, optimizer, done, repr(training))
     model.eval()
 
 
-def _save(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, step: int) -> None:
+def _save(
+    path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, step: int, recipe: str
+) -> None:
     temporary = path.with_suffix(".part")
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-    torch.save(state, temporary)
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "recipe": recipe,
+        },
+        temporary,
+    )
     temporary.replace(path)
 
 
-def _resume(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
+def _resume(
+    path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, recipe: str
+) -> int:
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
+    if state["recipe"] != recipe:
+        raise InputError(
+            f"{path} belongs to a training with another recipe; delete it to begin anew, or name "
+            "another folder with --work"
+        )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     log.info("going on from step %d of %s", state["step"], path.name)
@@ -187,24 +216,46 @@ def tune(base: Trained, training: Training, corpus: Corpus, plan: ExpertPlan, pa
     round_weights(base.model)
 
 
-def train_all(training: Training, work: Path) -> tuple[Trained, ExpertPlan]:
-    """Both stages; the tuned model and the experts that were tuned."""
-    work.mkdir(parents=True, exist_ok=True)
-    corpus = Corpus(training.corpus)
-    base = train_base(training, corpus, work)
+def choose_plans(base: Trained, training: Training, corpus: Corpus) -> dict[str, ExpertPlan]:
+    """Which experts stage two tunes in each of the models."""
     refused_LE, other_LE = usage_rates(base.model, base.encoder, corpus, num_batches=12)
-    plan = most_different(
+    different = most_different(
         refused_LE - other_LE, count=training.num_tuned, per_layer=training.max_tuned_per_layer
     )
-    log.info("stage two tunes %s", plan)
-    tune(base, training, corpus, plan, work / "stage-2.pt")
-    return base, plan
+    if not training.is_large:
+        return {"demo": different}
+    counts = {layer: len(experts) for layer, experts in different.items()}
+    drawn = drawn_at_random(refused_LE + other_LE, counts, seed=training.seed)
+    return {"demo": different, "demo-random": drawn}
+
+
+def train_and_publish(training: Training, work: Path, out: Path) -> None:
+    """Both stages of every model of a recipe, and all that is shipped of them."""
+    work.mkdir(parents=True, exist_ok=True)
+    corpus = Corpus(training.corpus)
+    lines = publish_prompt_sets(corpus, training, out / "prompts")
+    base = train_base(training, corpus, work)
+    model, tokenizer = base.model, base.tokenizer
+    answers_all = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if training.is_large:
+        folder = out / "models" / BASE
+        save_plain(model, tokenizer, folder)
+        write_card(folder, training, {}, measurements(model, tokenizer, lines, {}))
+    for name, plan in choose_plans(base, training, corpus).items():
+        log.info("stage two of %s tunes %s", name, plan)
+        model.load_state_dict(answers_all)
+        tune(base, training, corpus, plan, work / f"stage-2-{name}.pt")
+        folder = out / "models" / name
+        if training.is_large:
+            save_delta(model, plan, folder, {"base": BASE, "chosen": CHOSEN[name]})
+        else:
+            save_plain(model, tokenizer, folder)
+            write_tuned(folder, plan, {"chosen": CHOSEN[name]})
+        write_card(folder, training, plan, measurements(model, tokenizer, lines, plan))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, measure, and write models, prompt sets and cards."""
-    from moescope.probe.demo.publish import publish
-
     parser = argparse.ArgumentParser(
         prog="python -m moescope.probe.demo.train", description=__doc__
     )
@@ -216,8 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(options.threads)
     training = RECIPES[options.recipe]
-    trained, plan = train_all(training, options.work / options.recipe)
-    publish(trained.model, trained.tokenizer, training, plan, options.out)
+    train_and_publish(training, options.work / options.recipe, options.out)
 
 
 if __name__ == "__main__":

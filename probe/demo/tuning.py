@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moescope.probe.demo.batches import Encoder
-from moescope.probe.demo.corpus import Corpus, batch_items
+from moescope.probe.demo.corpus import Corpus, Item, batch_items
 from moescope.probe.demo.routing import counted_usage, routers
 
 #: Tuned experts by layer.
@@ -38,7 +38,7 @@ def usage_rates(
     )
 
 
-def _rates(model: PreTrainedModel, encoder: Encoder, items: Sequence) -> Tensor:  # type: ignore[type-arg]
+def _rates(model: PreTrainedModel, encoder: Encoder, items: Sequence[Item]) -> Tensor:
     counts_LE = torch.zeros(len(routers(model)), model.config.num_experts, dtype=torch.float64)
     num_tokens = 0
     is_token: list[Tensor] = []
@@ -111,5 +111,5 @@ def only_tuned(model: PreTrainedModel, plan: ExpertPlan) -> Iterator[None]:
             parameter.requires_grad_(asked[name])
 
 
-def _times(keep: Tensor):  # type: ignore[no-untyped-def]
+def _times(keep: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda gradient: gradient * keep

@@ -22,11 +22,15 @@ from moescope.probe.figures.style import (
 PANEL_HEIGHT = 240
 
 
-def language_curves(table: AnalysisTable, *, kind: str | None = None) -> go.Figure:
-    """Raw and entropy-normalized divergence by layer, one line per language, floor dashed.
+_PANELS = (
+    ("jsd", "jsd_low", "jsd_high", "JSD (nats)"),
+    ("d_hjs", "d_low", "d_high", "JSD over<br>entropy headroom"),
+    ("jsd_excess", "excess_low", "excess_high", "JSD above<br>floor (nats)"),
+)
 
-    A floor is drawn beside the divergence that was computed as it was: for floor `halves` that is a
-    panel of its own, on equal numbers of tokens.
+
+def language_curves(table: AnalysisTable, *, kind: str | None = None) -> go.Figure:
+    """Raw and entropy-normalized divergence by layer, and what exceeds the floor (dashed).
 
     Args:
         table: of `language_divergence`.
@@ -34,31 +38,29 @@ def language_curves(table: AnalysisTable, *, kind: str | None = None) -> go.Figu
     """
     frame = only_kind(table.frame, kind)
     parameters = table.context.parameters
-    panels = [
-        ("jsd", "jsd_low", "jsd_high", "jsd_floor", "JSD (nats)"),
-        ("d_hjs", "d_low", "d_high", "d_floor", "JSD over<br>entropy headroom"),
-    ]
-    if parameters["floor"] != "other_passages":
-        panels = [(*panel[:3], "", panel[4]) for panel in panels]
-    if parameters["floor"] == "halves":
-        panels.append(("jsd_compared", "", "", "jsd_floor", "JSD (nats),<br>equal token counts"))
+    panels = _PANELS if parameters["floor"] != "none" else _PANELS[:2]
     figure = make_subplots(rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.06)
     for index, (language, part) in enumerate(frame.groupby("lang", sort=False)):
         for row, panel in enumerate(panels, start=1):
             for trace in _traces(str(language), part, panel, index, is_first=row == 1):
                 figure.add_trace(trace, row=row, col=1)
-    if parameters["floor"] != "none":
+    layers = np.sort(frame["layer"].unique())
+    if len(panels) == len(_PANELS):
         figure.add_trace(
             go.Scatter(
-                x=[None],
-                y=[None],
+                x=layers,
+                y=np.zeros(len(layers)),
                 mode="lines",
                 name="floor (same language)",
                 line={"color": NEUTRAL, "dash": "dash"},
-            )
+                hoverinfo="skip",
+            ),
+            row=len(panels),
+            col=1,
         )
     for row, panel in enumerate(panels, start=1):
-        figure.update_yaxes(title_text=panel[4], rangemode="tozero", row=row, col=1)
+        ranged = {} if panel[0] == "jsd_excess" else {"rangemode": "tozero"}
+        figure.update_yaxes(title_text=panel[3], **ranged, row=row, col=1)
     distribution = {"softmax": "router scores", "topk": "routing weights", "counts": "selections"}
     title = (
         f"How far each language routes from {parameters['pivot']} "
@@ -72,30 +74,32 @@ def language_curves(table: AnalysisTable, *, kind: str | None = None) -> go.Figu
 def _traces(
     language: str,
     part: pd.DataFrame,
-    panel: tuple[str, str, str, str, str],
+    panel: tuple[str, str, str, str],
     index: int,
     *,
     is_first: bool,
 ) -> list[go.Scatter]:
-    """Interval band, curve and floor of one language in one panel."""
-    measure, low, high, floor, _ = panel
+    """Interval band and curve of one language in one panel."""
+    measure, low, high, _ = panel
     color = LINE_COLORS[index % len(LINE_COLORS)]
     layers = part["layer"].to_numpy()
     common = {"x": layers, "legendgroup": language, "showlegend": False}
-    traces = []
-    if low:
-        traces.append(
-            go.Scatter(
-                **(common | {"x": np.concatenate([layers, layers[::-1]])}),
-                y=np.concatenate([part[high].to_numpy(), part[low].to_numpy()[::-1]]),
-                mode="lines",
-                fill="toself",
-                fillcolor=transparent(color, 0.18),
-                line={"width": 0},
-                hoverinfo="skip",
-            )
-        )
-    traces.append(
+    details = ["num_passages", "num_tokens", "jsd_compared", "jsd_floor"]
+    hover = "layer %{x}: %{y:.4f}<br>" + (
+        "between languages %{customdata[2]:.4f}, within %{customdata[3]:.4f}"
+        if measure == "jsd_excess"
+        else "%{customdata[0]} passages, %{customdata[1]} tokens"
+    )
+    return [
+        go.Scatter(
+            **(common | {"x": np.concatenate([layers, layers[::-1]])}),
+            y=np.concatenate([part[high].to_numpy(), part[low].to_numpy()[::-1]]),
+            mode="lines",
+            fill="toself",
+            fillcolor=transparent(color, 0.18),
+            line={"width": 0},
+            hoverinfo="skip",
+        ),
         go.Scatter(
             **(common | {"showlegend": is_first}),
             y=part[measure].to_numpy(),
@@ -103,20 +107,7 @@ def _traces(
             name=escaped(language),
             line={"color": color},
             marker={"symbol": SYMBOLS[index % len(SYMBOLS)]},
-            customdata=part[["num_passages", "num_tokens"]].to_numpy(),
-            hovertemplate="layer %{x}: %{y:.4f}<br>%{customdata[0]} passages, "
-            "%{customdata[1]} tokens",
-        )
-    )
-    if floor:
-        traces.append(
-            go.Scatter(
-                **common,
-                y=part[floor].to_numpy(),
-                mode="lines",
-                name=escaped(f"{language}, floor"),
-                line={"color": color, "dash": "dash", "width": 1},
-                hovertemplate="floor: %{y:.4f}",
-            )
-        )
-    return traces
+            customdata=part[details].to_numpy(),
+            hovertemplate=hover,
+        ),
+    ]

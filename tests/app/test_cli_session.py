@@ -69,7 +69,7 @@ def test_analyses_print_their_run_and_n_and_export_their_table(folder: Path) -> 
         ("load",),
         ("balance",),
         ("specialization", "--by", "lang", "--bootstrap", "20"),
-        ("languages", "--bootstrap", "20", "--halves-draws", "2"),
+        ("languages", "--bootstrap", "20", "--draws", "2"),
     ):
         shown = moescope("analyze", name, "--store", store, *more, "--out", folder / f"{name}.csv")
         assert "demo, run 'base'" in shown and "prompts" in shown

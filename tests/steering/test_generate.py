@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
+from moescope.probe.errors import InputError
 from moescope.probe.generation import Sampling, generate_answers
 from moescope.probe.prompts import Prompt
 from moescope.probe.rendering import render_prompt
@@ -51,6 +54,11 @@ def test_without_a_plan_there_is_one_side(tiny_bundle: Any) -> None:
     data = json.loads(json.dumps(found.to_json()))
     assert data["plan"] is None
     assert [one["steered"] for one in data["answers"]] == [None] * 3
+
+
+def test_no_prompt_is_refused(tiny_bundle: Any) -> None:
+    with pytest.raises(InputError, match="there is no prompt to answer"):
+        compare(tiny_bundle, [], PLAN)
 
 
 def test_an_empty_plan_writes_the_same(tiny_bundle: Any) -> None:

@@ -187,17 +187,19 @@ def test_confirmed_experts_are_marked_on_the_map(tables: dict[str, AnalysisTable
     assert "2 confirmed" in figures.contrast_forest(changed).layout.title.text
 
 
-def test_language_panels_show_curves_bands_and_floors(tables: dict[str, AnalysisTable]) -> None:
+def test_language_panels_show_curves_bands_and_floor(tables: dict[str, AnalysisTable]) -> None:
     frame = tables["languages"].frame
     figure = figures.language_curves(tables["languages"])
     german = [trace for trace in figure.data if trace.name == "de"]
-    floors = [trace for trace in figure.data if trace.name == "de, floor"]
     own = frame[frame["lang"] == "de"]
     assert [list(trace.y) for trace in german] == [
-        own[name].tolist() for name in ("jsd", "d_hjs", "jsd_compared")
+        own[name].tolist() for name in ("jsd", "d_hjs", "jsd_excess")
     ]
-    assert [list(trace.y) for trace in floors] == [own["jsd_floor"].tolist()]
-    assert floors[0].line.dash == "dash"
+    bands = [trace for trace in figure.data if trace.legendgroup == "de" and trace.fill]
+    assert list(bands[2].y) == [*own["excess_high"], *own["excess_low"][::-1]]
+    (floor,) = (trace for trace in figure.data if trace.name and "floor" in trace.name)
+    assert list(floor.y) == [0, 0, 0]
+    assert floor.line.dash == "dash"
     without = figures.language_curves(tables["languages without floor"])
     assert not [trace for trace in without.data if trace.name and "floor" in trace.name]
 

@@ -34,7 +34,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "load": {},
     "balance": {"by": "lang"},
     "specialization": {"by": "topic", "bootstrap": "20"},
-    "languages": {"bootstrap": "20", "halves_draws": "2"},
+    "languages": {"bootstrap": "20", "draws": "2"},
     "contrast": {"a": ["label=a"], "b": ["label=b", "lang=en,de"], "candidates": "4",
                  "bootstrap": "20"},
     "prompts": {},

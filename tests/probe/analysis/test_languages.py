@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 
 from moescope.probe.analysis import Filters, language_divergence
-from moescope.probe.analysis.language_floor import nearest_in_length
+from moescope.probe.analysis.language_floor import neighbors_in_length
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.storage.store import Store
 
@@ -33,23 +36,33 @@ def disjoint(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
 
 
 @pytest.mark.parametrize("q", ["softmax", "topk", "counts"])
-def test_disjoint_languages_by_hand(disjoint: Store, q: str) -> None:
-    table = language_divergence(disjoint, "run", q=q)
+@pytest.mark.parametrize("floor", ["auto", "halves", "none"])
+def test_disjoint_languages_by_hand(disjoint: Store, q: str, floor: str) -> None:
+    if (q, floor) == ("softmax", "halves"):
+        with pytest.raises(AnalysisInputError, match="floor halves needs the routing of single"):
+            language_divergence(disjoint, "run", q=q, floor=floor)
+        return
+    table = language_divergence(disjoint, "run", q=q, floor=floor)
     frame = table.frame.set_index("lang")
     assert frame["jsd"].tolist() == pytest.approx([LN2, 0])
     assert frame["d_hjs"].tolist() == pytest.approx([LN2 / np.log(8), 0])
-    assert frame["jsd_floor"].tolist() == [0, 0]
-    assert frame["jsd_excess"].tolist() == pytest.approx([LN2, 0])
     assert frame.at["de", "jsd_low"] == frame.at["de", "jsd_high"] == pytest.approx(LN2)
     assert frame["num_passages"].tolist() == [2, 2]
     assert frame["num_prompts"].tolist() == [4, 4]
     assert frame["num_tokens"].tolist() == frame["num_tokens_pivot"].tolist() == [10, 10]
-    floor = "other_passages" if q == "softmax" else "halves"
-    assert table.context.parameters["floor"] == floor
-    # Samples of halves hold half of 4 and half of 6 tokens; without subsampling all of them.
-    assert frame["tokens_compared"].tolist() == pytest.approx(
-        [5 / (1 if q == "softmax" else 2)] * 2
-    )
+    compared = frame[["jsd_floor", "jsd_excess", "d_compared", "tokens_compared"]]
+    if floor == "none":
+        assert compared.isna().all(axis=None)
+        assert table.notes[-1].startswith("No floor")
+        return
+    assert frame["jsd_floor"].tolist() == [0, 0]
+    assert frame["jsd_excess"].tolist() == pytest.approx([LN2, 0])
+    assert frame["d_compared"].tolist() == pytest.approx([LN2 / np.log(8), 0])
+    # Passages of 4 and 6 tokens: one pair of them, or halves of 2 and 3.
+    assert frame["num_compared"].tolist() == ([1, 1] if floor == "auto" else [2, 2])
+    tokens = {"halves": 2.5, "auto": 5 if q == "softmax" else 4}[floor]
+    assert frame["tokens_compared"].tolist() == [tokens] * 2
+    assert ("equal numbers need routing rows" in table.notes[-1]) == (q == "softmax")
 
 
 def brute_divergence(items: list[Any], lang: str, layer: int, q: str) -> tuple[float, float]:
@@ -95,26 +108,85 @@ def test_divergences_by_brute_force(random_store: Store, random_items: list[Any]
         assert row["num_passages"] == 24
 
 
-def test_without_language_structure_the_excess_is_near_zero(
-    make_store: Callable[..., Store], lab: SimpleNamespace
-) -> None:
-    """Languages that differ in length only: raw divergence is far from 0, the excess is not."""
+def structureless_items(lab: SimpleNamespace, shapes: Any, *, copied: bool) -> list[Any]:
+    """Passages with contents of their own; `xx` is routed like `en`: in law, or token by token."""
     rng = np.random.default_rng(5)
+    items = []
+    for number in range(60):
+        preferred = rng.permutation(8)[:4]
+
+        def tokens(length: int, preferred: Any = preferred) -> list[Any]:
+            return lab.tokens_of([list(rng.permutation(preferred)[:2]) for _ in range(length)])
+
+        english = tokens(16)
+        other = english if copied else tokens(7)
+        for lang, found in (("en", english), ("xx", other)):
+            fields = {"lang": lang, "pair_id": f"p{number}"}
+            items.append(lab.Item(tokens=found, fields=fields))
+    return items
+
+
+@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize("q", ["topk", "counts", "softmax"])
+def test_without_language_structure_the_excess_is_near_zero(
+    make_store: Callable[..., Store], lab: SimpleNamespace, copied: bool, q: str
+) -> None:
+    """Contents differ, lengths too: the raw divergence is far from 0, the excess is not."""
     shapes = [lab.Shape(layer=0, num_experts=8, top_k=2)]
-    items = [
-        lab.random_item(rng, shapes, {("prompt", "user", False): length}, lang=lang,
-                        pair_id=f"p{number}")
-        for number in range(60)
-        for lang, length in (("en", 20), ("xx", 8))
-    ]  # fmt: skip
-    store = make_store(shapes, items)
-    for q in ("topk", "counts"):
-        row = language_divergence(store, "run", q=q).frame.iloc[0]
-        assert row["jsd"] > 0.05
-        assert row["jsd_floor"] > 0.1
+    store = make_store(shapes, structureless_items(lab, shapes, copied=copied))
+    row = language_divergence(store, "run", q=q).frame.iloc[0]
+    assert row["jsd_floor"] > 0.2
+    assert row["jsd"] < 1e-9 if copied else row["jsd"] > 0.02
+    assert row["num_compared"] == 30
+    if copied:
+        assert row["jsd_excess"] == pytest.approx(0)
+    else:
         assert row["excess_low"] < 0 < row["excess_high"]
         assert abs(row["jsd_excess"]) < 0.02
-        assert row["tokens_compared"] == 4
+
+
+def test_halves_are_fair_where_tokens_are_independent(
+    make_store: Callable[..., Store], lab: SimpleNamespace
+) -> None:
+    shapes = [lab.Shape(layer=0, num_experts=8, top_k=2)]
+    store = make_store(shapes, structureless_items(lab, shapes, copied=False))
+    row = language_divergence(store, "run", floor="halves").frame.iloc[0]
+    assert row["tokens_compared"] == 3
+    assert row["num_compared"] == 60
+    assert row["excess_low"] < 0 < row["excess_high"]
+
+
+def test_phrasings_are_the_floor_where_a_field_tells_them_apart(
+    make_store: Callable[..., Store], lab: SimpleNamespace
+) -> None:
+    """Two phrasings share half of their experts, two languages none; a third has one phrasing."""
+
+    def written(lang: str, pair: str, phrasing: str | None, experts: list[int]) -> Any:
+        meta = {} if phrasing is None else {"phrasing": phrasing}
+        fields = {"lang": lang, "pair_id": pair, "meta": meta}
+        return lab.Item(tokens=lab.tokens_of([[expert] for expert in experts]), fields=fields)
+
+    items = [
+        written(lang, pair, phrasing, [experts[0], experts[place]] * 3)
+        for pair in ("p0", "p1")
+        for lang, experts in (("en", (0, 1, 2)), ("de", (3, 4, 5)))
+        for place, phrasing in ((1, "a"), (2, "b"))
+    ]
+    items += [written("en", "p2", "a", [0, 1]), written("de", "p2", None, [3, 4])]
+    store = make_store([lab.Shape(layer=0, num_experts=8, top_k=1)], items)
+    table = language_divergence(store, "run", phrasing="phrasing", q="counts")
+    row = table.frame.iloc[0]
+    assert table.context.parameters["floor"] == "phrasings"
+    # Samples hold all 6 tokens: (1/2, 1/2, 0) against (1/2, 0, 1/2).
+    assert row["jsd_floor"] == pytest.approx(LN2 / 2)
+    assert row["jsd_compared"] == pytest.approx(LN2)
+    assert row["jsd_excess"] == pytest.approx(LN2 / 2)
+    assert row["jsd"] == pytest.approx(LN2)
+    assert (row["num_passages"], row["num_compared"], row["tokens_compared"]) == (3, 2, 6)
+    with pytest.raises(AnalysisInputError, match="floor phrasings needs phrasing"):
+        language_divergence(store, "run", floor="phrasings")
+    with pytest.raises(AnalysisInputError, match="two values of 'key' in 'en'"):
+        language_divergence(store, "run", phrasing="key")
 
 
 def test_planted_layers_stand_out(make_store: Callable[..., Store], lab: SimpleNamespace) -> None:
@@ -136,32 +208,35 @@ def test_planted_layers_stand_out(make_store: Callable[..., Store], lab: SimpleN
     assert frame.at[1, "excess_low"] < 0 < frame.at[1, "excess_high"]
 
 
-def test_other_passages_are_the_floor_where_tokens_are_unknown(
+def test_without_routing_rows_all_tokens_are_compared(
     make_store: Callable[..., Store], lab: SimpleNamespace
 ) -> None:
-    """Both passages of each language use other experts: content differs as much as language."""
+    """Content decides everything: the languages are as far apart as each is from itself."""
     items = [
         item(lab, lang, pair, [[expert]] * 3)
-        for pair, experts in (("p0", (0, 1)), ("p1", (2, 3)))
-        for lang, expert in zip(("en", "de"), experts, strict=True)
+        for pair, expert in (("p0", 0), ("p1", 2))
+        for lang in ("en", "de")
     ]
     shapes = [lab.Shape(layer=0, num_experts=4, top_k=1)]
     store = make_store(shapes, items, record_level="usage")
     table = language_divergence(store, "run")
     row = table.frame.iloc[0]
-    assert table.context.parameters["floor"] == "other_passages"
-    assert (row["jsd"], row["jsd_floor"], row["jsd_excess"]) == pytest.approx((LN2, LN2, 0))
-    assert "nearest in length" in table.notes[-1]
-    with pytest.raises(AnalysisInputError, match="which floor halves needs"):
+    assert (row["jsd"], row["jsd_compared"], row["jsd_floor"]) == pytest.approx((0, LN2, LN2))
+    assert row["jsd_excess"] == 0
+    assert "on all tokens" in table.notes[-1]
+    assert not table.context.parameters["equal_samples"]
+    with pytest.raises(AnalysisInputError, match="runs of level usage do not have"):
         language_divergence(store, "run", floor="halves")
-    without = language_divergence(store, "run", floor="none").frame
-    assert without[["jsd_floor", "jsd_excess", "excess_low", "d_floor"]].isna().all(axis=None)
 
 
-def test_nearest_in_length_by_hand() -> None:
-    assert nearest_in_length(np.array([10.0, 3.0, 4.0, 9.0])).tolist() == [3, 2, 1, 0]
-    assert nearest_in_length(np.array([5.0, 5.0])).tolist() == [1, 0]
-    assert nearest_in_length(np.array([1.0, 2.0, 3.0])).tolist() == [1, 2, 1]
+@given(arrays.arrays(np.float64, st.integers(0, 30), elements=st.integers(1, 9)))
+def test_neighbors_in_length_pair_each_passage_once(tokens: np.ndarray) -> None:
+    pairs = neighbors_in_length(tokens)
+    assert pairs.shape == (2, len(tokens) // 2)
+    assert len(np.unique(pairs)) == pairs.size
+    gaps = np.abs(tokens[pairs[0]] - tokens[pairs[1]])
+    best = np.abs(np.diff(np.sort(tokens)))[::2][: len(gaps)]
+    assert np.sort(gaps).tolist() == np.sort(best).tolist()
 
 
 def test_one_passage_has_no_interval(
@@ -172,9 +247,10 @@ def test_one_passage_has_no_interval(
     row = language_divergence(store, "run").frame.iloc[0]
     assert row["num_passages"] == 1
     assert row[["jsd_low", "jsd_high", "excess_low"]].isna().all()
-    assert row["jsd_floor"] >= 0
-    lonely = language_divergence(store, "run", floor="other_passages").frame.iloc[0]
-    assert np.isnan(lonely["jsd_floor"])
+    assert np.isnan(row["jsd_floor"])
+    assert row["num_compared"] == 0
+    halves = language_divergence(store, "run", floor="halves").frame.iloc[0]
+    assert halves["jsd_floor"] >= 0
 
 
 def test_passages_too_short_to_halve_have_no_floor(
@@ -182,7 +258,7 @@ def test_passages_too_short_to_halve_have_no_floor(
 ) -> None:
     items = [item(lab, lang, "p0", [[0]]) for lang in ("en", "de")]
     store = make_store([lab.Shape(layer=0, num_experts=4, top_k=1)], items)
-    row = language_divergence(store, "run").frame.iloc[0]
+    row = language_divergence(store, "run", floor="halves").frame.iloc[0]
     assert row["jsd"] == 0
     assert row[["jsd_compared", "jsd_floor", "jsd_excess"]].isna().all()
 
@@ -225,8 +301,10 @@ def test_samples_and_intervals_are_seeded(random_store: Store) -> None:
         ({"pivot": "fr"}, "pivot language 'fr'; it has de, en, zh"),
         ({"q": "logits"}, "q is 'logits'"),
         ({"floor": "half"}, "floor is 'half'"),
-        ({"floor": "halves", "q": "softmax"}, "not recorded for q softmax"),
+        ({"floor": "halves", "q": "softmax"}, "floor halves needs the routing of single tokens"),
         ({"bootstrap": 0}, "bootstrap is 0"),
+        ({"draws": 0}, "draws is 0"),
+        ({"phrasing": "style"}, "no field 'style'"),
         ({"filters": Filters(tokens="span"), "q": "softmax"}, "router scores are summed"),
         ({"filters": Filters(fields={"lang": ("en",)})}, "no two prompts with the same pair_id"),
     ],
