@@ -34,7 +34,6 @@ _OPTIONS: Final[Mapping[str, str]] = {
     "server.address": ADDRESS,
     "server.headless": "true",
     "server.fileWatcherType": "none",
-    "server.runOnSave": "false",
     "server.showEmailPrompt": "false",
     "browser.gatherUsageStats": "false",
     "logger.hideWelcomeMessage": "true",
@@ -132,6 +131,9 @@ def command(port: int) -> list[str]:
 def _start(store: Path, port: int) -> subprocess.Popen[bytes]:
     # A process group of its own: Ctrl-C reaches this process alone, which then ends the child once.
     environment = {
+        # Threads of torch that wait give their core away: on a busy machine an answer takes one
+        # second instead of thirty.
+        "OMP_WAIT_POLICY": "passive",
         **os.environ,
         STORE_VARIABLE: str(store.resolve()),
         "HF_HUB_OFFLINE": "1",

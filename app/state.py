@@ -117,6 +117,21 @@ def shown_run() -> ShownRun:
     return run
 
 
+def all_runs() -> pd.DataFrame:
+    """All runs, newest first, with the share of their planned prompts that is in the store."""
+    store = open_store()
+    frame = store.runs().drop(columns="manifest").iloc[::-1].reset_index(drop=True)
+    shares = []
+    for row in frame.to_dict("records"):
+        planned = row["num_prompts"]
+        if row["status"] == "complete" or not planned:
+            shares.append(1.0)
+        else:
+            shares.append(recorded_prompts(store, store.run(row["run_id"])) / planned)
+    frame.insert(list(frame).index("status") + 1, "recorded", shares)
+    return frame
+
+
 def recorded_prompts(store: Store, info: RunInfo) -> int:
     """How many prompts of a run are in the store."""
     if info.status == "complete" and info.num_prompts is not None:

@@ -35,7 +35,7 @@ def outcome_chart(result: EvaluationResult, run_id: str) -> Figure:
     conditions = list(dict.fromkeys(rates["condition"]))
     titles = [f"{name} ({part['n'].iloc[0]} prompts)" for name, part in groups.items()]
     figure = make_subplots(
-        rows=1, cols=len(groups), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.04
+        rows=1, cols=len(groups), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.07
     )
     seen = rates.loc[rates["value"] > 0, "metric"].unique()
     for column, part in enumerate(groups.values(), start=1):
@@ -61,7 +61,9 @@ def outcome_chart(result: EvaluationResult, run_id: str) -> Figure:
         legend={"orientation": "h", "y": -0.22, "yanchor": "top", "x": 0, "bgcolor": _CLEAR},
     )  # fmt: skip
     figure.update_annotations(font_size=14)
-    figure.update_xaxes(range=[-0.03, 1.03], tickformat=".0%", gridcolor=_GRID, zeroline=False)
+    figure.update_xaxes(
+        range=[-0.03, 1.03], nticks=4, tickformat=".0%", gridcolor=_GRID, zeroline=False
+    )
     figure.update_xaxes(title_text="share of prompts, 95 % interval", row=1, col=1)
     figure.update_yaxes(
         autorange="reversed", categoryorder="array", categoryarray=conditions, gridcolor=_GRID,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +23,7 @@ _COLOR: Final = "color"
 _EXPERT: Final = "token_expert"
 _FILTER_FIELDS: Final[tuple[str, ...]] = ("lang", "label", "outcome", "domain", "set_name")
 _MOST_LISTED: Final = 1_000
+_MOST_TOKENS: Final = 256
 _COLORS: Final = {
     "top_weight": "weight of the first expert",
     "weight_entropy": "entropy of the weights",
@@ -114,7 +116,7 @@ def _show_texts(run: state.ShownRun, prompt_id: int) -> None:
 def _show_routing(run: state.ShownRun, prompt_id: int) -> None:
     """Strip, map and detail; a click draws only this part again."""
     with layout.errors_as_sentences():
-        table = state.analyze(run, "prompt", prompt_id=prompt_id)
+        table = _choose_part(state.analyze(run, "prompt", prompt_id=prompt_id))
         tokens = table.frame.drop_duplicates("position").sort_values("position")
         position = _choose_token(tokens)
         kind = experts.choose_kind(table)
@@ -122,6 +124,27 @@ def _show_routing(run: state.ShownRun, prompt_id: int) -> None:
         _show_token(run, prompt_id, position, kind)
         with st.expander("Table: tokens and layers"):
             layout.show_table(table, key="prompt_table")
+
+
+def _choose_part(table: AnalysisTable) -> AnalysisTable:
+    """The tokens to show of a prompt that has too many for one picture; else all of them."""
+    positions = sorted(table.frame["position"].unique().tolist())
+    if len(positions) <= _MOST_TOKENS:
+        return table
+    starts = range(0, len(positions), _MOST_TOKENS)
+    parts = {part: positions[start : start + _MOST_TOKENS] for part, start in enumerate(starts)}
+    asked = st.query_params.get(_TOKEN, "")
+    named = [part for part, found in parts.items() if asked in map(str, found)]
+    part = choices.linked_choice(
+        f"Part of {len(positions):,} tokens",
+        list(parts),
+        key="part",
+        default=named[0] if named else None,
+        words=lambda part: f"tokens {parts[part][0]:,} to {parts[part][-1]:,}",
+    )
+    shown = table.frame[table.frame["position"].isin(parts[part])]
+    title = f"{table.title}, tokens {parts[part][0]} to {parts[part][-1]}"
+    return dataclasses.replace(table, frame=shown, title=title)
 
 
 def _choose_token(tokens: pd.DataFrame) -> int:

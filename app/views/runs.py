@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import streamlit as st
 
 from moescope.app import state
 from moescope.app.views import layout
 
-if TYPE_CHECKING:
-    pass
-
+_LOOK_AGAIN_S = 3.0
 _COLUMNS = {
     "run_id": st.column_config.TextColumn("run"),
+    "recorded": st.column_config.ProgressColumn(
+        "recorded",
+        min_value=0,
+        max_value=1,
+        format="percent",
+        help="Share of the planned prompts that is in the store.",
+    ),
     "num_prompts": st.column_config.NumberColumn("prompts", format="localized"),
     "num_tokens": st.column_config.NumberColumn("tokens", format="localized"),
     "record_level": st.column_config.TextColumn(
@@ -29,15 +34,11 @@ _COLUMNS = {
 def show() -> None:
     """Draw the page."""
     layout.heading("Runs", "What this store holds, and how the chosen run was recorded.")
-    runs = state.open_store().runs()
-    layout.show_frame(
-        runs.drop(columns="manifest").iloc[::-1],
-        key="runs",
-        name="runs",
-        height=250,
-        column_config=_COLUMNS,
-    )
     run = state.shown_run()
+    frame = state.all_runs()
+    unfinished = "running" in set(frame["status"])
+    # Only this table is drawn again every few seconds, and only while something is recorded.
+    st.fragment(_show_runs, run_every=_LOOK_AGAIN_S if unfinished else None)()
     st.header(layout.escaped(run.run_id), anchor=False, divider="gray")
     _show_facts(run)
     routers, prompts, manifest = st.tabs(
@@ -53,6 +54,13 @@ def show() -> None:
         with manifest:
             _show_manifest(run)
     state.import_ahead(*state.ANALYSIS)
+
+
+def _show_runs() -> None:
+    with layout.errors_as_sentences():
+        layout.show_frame(
+            state.all_runs(), key="runs", name="runs", height=250, column_config=_COLUMNS
+        )
 
 
 def _show_facts(run: state.ShownRun) -> None:

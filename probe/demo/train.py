@@ -126,6 +126,7 @@ def run_stage(
     checkpoint: Path,
     *,
     keep: Mapping[int, Tensor] | None = None,
+    checkpoint_every: int = CHECKPOINT_EVERY,
 ) -> None:
     """Train one stage in place, from its checkpoint where there is one."""
     stage = training.stage_one if number == 1 else training.stage_two
@@ -157,7 +158,7 @@ def run_stage(
             left = (time.monotonic() - began) / (done - start) * (stage.steps - done)
             progress = (number, done, stage.steps, recent, left)
             log.info("stage %d  %d/%d  loss %.4f  %.0f s left", *progress)
-        if done % CHECKPOINT_EVERY == 0 or done == stage.steps:
+        if done % checkpoint_every == 0 or done == stage.steps:
             _save(checkpoint, model, optimizer, done, repr(training))
     model.eval()
 

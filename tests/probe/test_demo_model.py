@@ -25,7 +25,7 @@ from moescope.probe.demo.planted_routing import plant_routing
 from moescope.probe.demo.prompt_sets import parallel_set, refusal_set
 from moescope.probe.demo.recipes import DEMO, LARGE
 from moescope.probe.demo.routing import masked_experts
-from moescope.probe.demo.train import learning_rate, new_model, train_and_publish
+from moescope.probe.demo.train import learning_rate, new_model, run_stage, train_and_publish
 from moescope.probe.demo.tuning import only_tuned
 from moescope.probe.errors import InputError, ModelInputError
 from moescope.probe.shipped import shipped_path
@@ -194,6 +194,35 @@ def test_learning_rate_warms_up_stays_and_cools_down():
     assert rates[-1] < 0.05 * stage.learning_rate
 
 
+class Interrupted(Encoder):
+    """Stops the training at its third batch, as Ctrl-C does."""
+
+    batches = 0
+
+    def batch(self, items):
+        self.batches += 1
+        if self.batches == 3:
+            raise KeyboardInterrupt
+        return super().batch(items)
+
+
+def test_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path):
+    _, tokenizer = demo()
+    stage = replace(DEMO.stage_one, steps=4, batch_size=4)
+    tiny = replace(DEMO, shape=replace(DEMO.shape, num_layers=2), stage_one=stage)
+    corpus = Corpus(tiny.corpus)
+    whole, parted = (new_model(tiny.shape, tokenizer, seed=5) for _ in range(2))
+    run_stage(whole, Encoder(tokenizer), corpus, tiny, 1, tmp_path / "whole.pt")
+    path = tmp_path / "parted.pt"
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(parted, Interrupted(tokenizer), corpus, tiny, 1, path, checkpoint_every=2)
+    again = new_model(tiny.shape, tokenizer, seed=6)
+    run_stage(again, Encoder(tokenizer), corpus, tiny, 1, path)
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, whole.get_parameter(name)), name
+
+
+@pytest.mark.soak
 def test_training_makes_a_base_and_deltas_and_goes_on_where_it_stopped(tmp_path):
     corpus = replace(LARGE.corpus, languages={"en": 0.6, "el": 0.4}, held_out=1)
     shape = replace(LARGE.shape, num_layers=2, vocab_size=400)

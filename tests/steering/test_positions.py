@@ -198,6 +198,9 @@ def test_masks_of_other_shapes_are_taken_as_unknown() -> None:
     assert known(None) is None
     assert known(torch.ones(2, 2)) is None
     assert known(torch.ones(2, 3, 3)) is None
+    wide = known(torch.tensor([[1, 1, 0, 1, 1]]), first=1, columns=2)
+    assert wide is not None
+    assert wide.tolist() == [[True, False]]
     floats = torch.zeros(1, 1, 3, 5).masked_fill(torch.triu(torch.ones(3, 5), 3).bool(), -1e9)
     floats[0, 0, 0] = -1e9
     found = known(floats, first=2)

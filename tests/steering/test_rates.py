@@ -34,7 +34,13 @@ def test_the_interval_over_units_is_the_bootstrap_distribution() -> None:
     ]
     expected = np.quantile(exact, [0.025, 0.975], method="inverted_cdf")
     assert [low, high] == pytest.approx(expected.tolist())
-    assert (mean, low, high) == mean_over_units(values, units, seed=0)
+
+
+def test_the_seed_decides_the_draws() -> None:
+    values = np.random.default_rng(0).normal(size=40).tolist()
+    units = [str(at) for at in range(40)]
+    assert mean_over_units(values, units, seed=1) == mean_over_units(values, units, seed=1)
+    assert mean_over_units(values, units, seed=1) != mean_over_units(values, units, seed=2)
 
 
 def test_resampling_units_widens_the_interval_of_repeated_prompts() -> None:

@@ -57,8 +57,10 @@ def read_while_collecting(store: Path, synthetic: ModuleType, seconds: float) ->
     ]
     num_shards = max(10, int(seconds / 0.1))
     description = synthetic.describe(num_shards)
-    synthetic.collect(store, "base", description, pause_s=seconds / num_shards)
-    end.touch()
+    try:
+        synthetic.collect(store, "base", description, pause_s=seconds / num_shards)
+    finally:
+        end.touch()
     reads, states = 0, 0
     for reader in readers:
         output, _ = reader.communicate()
