@@ -38,6 +38,10 @@ PROMPT_FIELDS: Final = (
 ANALYSIS: Final = ("moescope.probe.analysis", "moescope.probe.figures", "plotly.graph_objects")
 """Modules that every page but the first needs; see `import_ahead`."""
 
+_NOT_GROUPS: Final = (
+    "key", "text", "rendered_text", "response", "expected", "span", "pair_id", "detector",
+    "num_tokens", "num_generated",
+)  # fmt: skip
 _WAIT_S: Final = 10.0
 _SHOWN_RUN: Final = "_shown_run"
 _PLAN: Final = "_plan"
@@ -211,7 +215,10 @@ def has_field(run: ShownRun, name: str) -> bool:
 
 
 def comparable_fields(run: ShownRun) -> dict[str, list[str]]:
-    """The prompt fields that split a run into between 2 and 60 groups, each with its values."""
+    """The prompt fields that split a run into between 2 and 60 groups, each with its values.
+
+    Texts, keys and counts do not: they tell prompts apart, and group none.
+    """
     return _comparable(str(run.store), run.run_id, run.stamp)
 
 
@@ -335,6 +342,7 @@ def _comparable(path: str, run_id: str, stamp: str) -> dict[str, list[str]]:
     from moescope.probe.analysis.selection import known_fields, read_fields
 
     store = Store(path, wait_s=_WAIT_S)
-    frame = read_fields(store, run_id, known_fields(store, run_id)).drop(columns="prompt_id")
+    fields = [name for name in known_fields(store, run_id) if name not in _NOT_GROUPS]
+    frame = read_fields(store, run_id, fields).drop(columns="prompt_id")
     values = {str(name): sorted(frame[name].dropna().unique()) for name in frame}
     return {name: found for name, found in values.items() if 2 <= len(found) <= 60}

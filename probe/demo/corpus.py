@@ -4,7 +4,6 @@ Everything is a pure function of a recipe and a step number, so training can sto
 test can make the whole corpus again. Kept out:
 
 - of every fact in every language one phrasing, in both stages (what held-out prompts ask);
-- the held-out sensitive facts, in their language, wholly from stage two;
 - some neutral facts from some languages wholly (what cross-lingual prompts ask).
 """
 
@@ -62,7 +61,7 @@ class Recipe:
         repeat_weight, translate_weight: weights of the tasks on given sentences.
         refusal_text_share: share of refusal sentences among those given sentences.
         untaught_share: share of neutral facts never taught in a language.
-        held_out: sensitive facts per language and family kept out of stage two.
+        held_out: pairs of held-out prompts per language and family.
         system_share: share of items with a system text.
         seed: of the sampling; the world has its own.
     """
@@ -121,17 +120,6 @@ class Corpus:
             return False
         draw = stable_hash("untaught", fact.key, lang) % 10_000
         return draw < self.recipe.untaught_share * 10_000
-
-    @cached_property
-    def held_out_sensitive(self) -> dict[str, frozenset[str]]:
-        """Keys of the sensitive facts kept out of stage two, by language."""
-        kept: dict[str, frozenset[str]] = {}
-        for lang in self.recipe.languages:
-            keys: set[str] = set()
-            for family in self.families:
-                keys.update(sensitive.key for sensitive, _ in self.pairs[lang, family])
-            kept[lang] = frozenset(keys)
-        return kept
 
     @property
     def families(self) -> tuple[Family, ...]:
@@ -231,8 +219,6 @@ class Corpus:
             if sensitive is not None and fact.sensitive != sensitive:
                 continue
             if self.is_untaught(fact, lang):
-                continue
-            if refuse and fact.key in self.held_out_sensitive[lang]:
                 continue
             phrasing = rng.randrange(topic.num_phrasings)
             if not self.is_held_out(fact, lang, phrasing):

@@ -85,9 +85,8 @@ def measure(
 REFUSAL_ABOUT = (
     "Questions that `demo` refuses, each with a matched neutral question that it answers: the same "
     "words but for the part in `span`. `answer` is the true answer in both cases; of a sensitive "
-    "question it is the one that `demo` withholds. Every question is held out: the fact is taught "
-    "in that language under other phrasings, never in this one, and the sensitive facts are also "
-    "new to the stage of training that teaches refusals."
+    "question it is the one that `demo` withholds. Every question is held out of both stages: the "
+    "fact is taught in that language under other phrasings, never in this one."
 )
 DOMAINS_ABOUT = "Held-out questions of every domain, as many in every language."
 NEUTRAL_ABOUT = (

@@ -14,6 +14,7 @@ Collectors start it with `start_ingester`.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import fcntl
 import json
 import os
@@ -26,7 +27,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import duckdb
 import pyarrow as pa
@@ -47,12 +48,8 @@ from moescope.probe.storage.files import (
     write_json,
 )
 from moescope.probe.storage.ingester import STATUS_FILE, IngesterProcess, start_ingester
-from moescope.probe.storage.locks import (
-    insert_rows,
-    reading,
-    resolve_store,
-    writing,
-)
+from moescope.probe.storage.locks import reading, resolve_store, writing
+from moescope.probe.storage.rows import insert_rows, transaction
 from moescope.probe.storage.run_folder import RunFolder
 from moescope.probe.storage.shards import (
     ShardManifest,
@@ -177,7 +174,7 @@ class Ingester:
         """Make the rows in `runs` and `layers`, once; know what is in already."""
         description = self._description
         manifest = {**description.to_json()["manifest"], **description.fingerprint()}
-        with _transaction(con):
+        with transaction(con):
             row = con.execute(
                 "SELECT manifest, status FROM runs WHERE run_id = ?", [self.run_id]
             ).fetchone()
@@ -218,7 +215,7 @@ class Ingester:
         """All rows of one shard and its id, or nothing."""
         if manifest.shard_id in self._ingested:
             return
-        with _transaction(con):
+        with transaction(con):
             con.execute(
                 "INSERT INTO ingested_shards (run_id, shard_id, checksum) VALUES (?, ?, ?)",
                 [self.run_id, manifest.shard_id, manifest.checksum],
@@ -293,18 +290,6 @@ class Ingester:
                 },
                 durable=False,
             )
-
-
-@contextmanager
-def _transaction(con: duckdb.DuckDBPyConnection) -> Iterator[None]:
-    con.execute("BEGIN").fetchall()
-    try:
-        yield
-    except BaseException:
-        with suppress(duckdb.Error):  # a failed commit has rolled back already
-            con.execute("ROLLBACK").fetchall()
-        raise
-    con.execute("COMMIT").fetchall()
 
 
 def _insert_layer(con: duckdb.DuckDBPyConnection, run_id: str, layer: Any) -> None:
@@ -385,5 +370,19 @@ def _tell(error: MoescopeError, *, to_collector: bool) -> None:
         sys.stderr.write(f"{error}\n")
 
 
+def _run_as_process() -> NoReturn:
+    """`main` as a process: a crash leaves its place in the log, and there is no slow goodbye.
+
+    DuckDB 2.0.0 can crash while the interpreter shuts down (mended in 2.0.1). By then all is
+    committed, synced and closed, so nothing is left to do that such a crash could spoil.
+    """
+    faulthandler.enable()
+    code = main()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _run_as_process()

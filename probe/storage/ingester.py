@@ -172,7 +172,7 @@ class IngesterProcess:
         if code < 0:
             raise MoescopeError(
                 f"the ingester was killed by signal {-code}; start the same command again, "
-                "what was recorded so far is kept"
+                f"what was recorded so far is kept (its log: {self._log})"
             )
         try:
             told = json.loads(words.splitlines()[-1])

@@ -49,6 +49,7 @@ from moescope.probe.storage.files import (
     sync_directory,
     temporary_sibling,
 )
+from moescope.probe.storage.rows import insert_rows
 from moescope.probe.storage.schema import check_schema, create_schema
 
 Announce = Callable[[str], None]
@@ -185,29 +186,6 @@ def append(
     conflict = "ON CONFLICT DO NOTHING" if table_name == "plans" else ""
     with writing(path, wait_s=wait_s, announce=announce) as con:
         insert_rows(con, table_name, rows, conflict=conflict)
-
-
-def insert_rows(
-    con: duckdb.DuckDBPyConnection,
-    table_name: str,
-    rows: pa.Table,
-    *,
-    run_id: str | None = None,
-    conflict: str = "",
-) -> None:
-    """Insert Arrow rows by column name, with `run_id` as a constant where it is given."""
-    names = ", ".join(f'"{name}"' for name in rows.column_names)
-    columns, values, params = (
-        (names, names, []) if run_id is None else (f"run_id, {names}", f"?, {names}", [run_id])
-    )
-    con.register("moescope_rows", rows)
-    try:
-        con.execute(
-            f'INSERT INTO "{table_name}" ({columns}) SELECT {values} FROM moescope_rows {conflict}',
-            params,
-        ).fetchall()
-    finally:
-        con.unregister("moescope_rows")
 
 
 class _Waiting:
