@@ -109,7 +109,7 @@ def click_cell(page: Any, chart: int, across: tuple[float, int], down: tuple[flo
 
 
 def figure_titles(page: Any) -> list[str]:
-    return [text.strip() for text in page.locator(".gtitle").all_inner_texts()]
+    return [text.strip() for text in page.locator(".gtitle").all_text_contents()]
 
 
 def test_the_first_content_appears_soon_after_the_server_is_up(
@@ -230,7 +230,7 @@ def test_a_table_is_downloaded_whole(
     from moescope.probe.analysis import load_balance
 
     page = open_page("/load?view=Balance")
-    page.get_by_role("button", name="Download").click()
+    page.get_by_test_id("stPopoverButton").filter(has_text="Download").click()
     with page.expect_download() as waiting:
         page.get_by_role("button", name="CSV").click()
     file = waiting.value
