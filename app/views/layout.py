@@ -97,8 +97,15 @@ def show_clickable(
         alt: what is to be seen, for those who cannot.
         on_click: told the clicked point (`x`, `y`, `customdata`) before the page is drawn again.
     """
-    # A click within any cell, however wide, belongs to the point in its middle.
-    figure.update_layout(hoverdistance=-1, clickmode="event+select", dragmode="zoom")
+    figure.update_layout(clickmode="event+select", dragmode="zoom")
+    if any(trace.type != "bar" for trace in figure.data):
+        # A click within any cell, however wide, belongs to the point in its middle.
+        figure.update_layout(hoverdistance=-1)
+    # What was not clicked stays readable; invisible points stay invisible.
+    figure.for_each_trace(
+        lambda trace: trace.update(unselected={"marker": {"opacity": 0.6}}),
+        selector=lambda trace: trace.type in ("bar", "scatter"),
+    )
     last = f"_{key}_last"
 
     def clicked() -> None:

@@ -32,6 +32,7 @@ STYLE: Final = """
 /* Rows of controls wrap in a narrow window instead of squeezing what is written in them. */
 [data-testid=stHorizontalBlock] { flex-wrap: wrap; }
 [data-testid=stColumn] { min-width: min(9.5rem, 100%); }
+[data-testid=stColumn]:has(.st-key-steps) { min-width: 6rem; }
 .st-key-side_by_side [data-testid=stColumn]:has([data-testid=stPlotlyChart]),
 .st-key-side_by_side [data-testid=stColumn]:has([data-testid=stDataFrame]) {
   min-width: min(24rem, 100%); }

@@ -53,7 +53,7 @@ def show() -> None:
 def _choose_prompt(run: state.ShownRun) -> int | None:
     """The prompt picker: search, filters, list, neighbors."""
     frame = state.prompts(run)
-    search, narrowed, picker, steps = st.columns([3, 1.3, 6, 1.1], vertical_alignment="bottom")
+    search, narrowed, picker, steps = st.columns([3, 1.4, 6, 1.2], vertical_alignment="bottom")
     with search:
         words = st.text_input(
             "Search", key="search", placeholder="words of prompt or answer", persist_state="session"
@@ -80,7 +80,7 @@ def _choose_prompt(run: state.ShownRun) -> int | None:
         )
     place = ids.index(chosen)
     last = len(ids) - 1
-    with steps, st.container(horizontal=True):
+    with steps, st.container(horizontal=True, key="steps"):
         _step_button("←", "Previous prompt", ids[max(place - 1, 0)], disabled=place == 0)
         _step_button("→", "Next prompt", ids[min(place + 1, last)], disabled=place == last)
     return int(chosen)
