@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FOLDERS := app kernels probe steering
 WORKERS ?= 2
+# Threads that wait sleep instead of spinning: tests and training share few cores.
+export OMP_WAIT_POLICY ?= PASSIVE
 STORE ?= out/demo.duckdb
 PORT ?= 8501
 

@@ -54,6 +54,9 @@ def _options(
 def main() -> None:
     """Run the program and turn every error into a sentence and an exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that wait for work sleep instead of spinning: on cores shared with an ingester, a
+    # dashboard or another job, spinning slows small batches down many times.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.stderr.isatty():  # transformers' own bars are for terminals
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:

@@ -25,7 +25,8 @@ MODEL = "demo"
 RUN = "demo"
 SETS = ("refusal", "parallel")
 MAX_NEW_TOKENS = 32
-NUM_MASKED = 8
+NUM_MASKED = 14
+NUM_SHOWN = 8
 NUM_CONTROLS = 3
 
 
@@ -142,7 +143,7 @@ def _show_refusal_experts(store: Store) -> AnalysisTable:
         f"({frame['num_prompts_a'].iloc[0]} refused and {frame['num_prompts_b'].iloc[0]} answered "
         "prompts of the first half; risk difference found on one part, effect on the other)"
     )
-    shown = frame[frame["confirmed"] & (frame["effect"] > 0)].head(NUM_MASKED)
+    shown = frame[frame["confirmed"] & (frame["effect"] > 0)].head(NUM_SHOWN)
     columns = ["layer", "expert", "risk_difference", "effect", "low", "high", "q"]
     console.print_frame(shown[columns])
     console.emit("")
@@ -177,9 +178,22 @@ def _show_steering(bundle: ModelBundle, table: AnalysisTable, store: Path) -> No
         )
     store_evaluation(store, result)
     console.emit(f"Steering: {NUM_MASKED} experts masked; prompts of the second half only")
+    console.emit(_known_truth(plan))
     for line in result.lines():
         console.emit(line)
     console.emit(f"The plan is in {plan_file}; the rates are in {store}, table evaluations")
+
+
+def _known_truth(plan: SteeringPlan) -> str:
+    """How many of the masked experts are among those that were tuned to refuse."""
+    from moescope.probe.demo.models import tuned_experts
+
+    tuned = {(layer, expert) for layer, ids in tuned_experts(MODEL).items() for expert in ids}
+    masked = {(item.layer, expert) for item in plan.interventions for expert in item.experts}
+    return (
+        f"Known truth: {len(masked & tuned)} of them are among the {len(tuned)} experts that were "
+        "tuned to refuse"
+    )
 
 
 def _group_sizes(table: AnalysisTable) -> dict[str, Any]:

@@ -101,11 +101,8 @@ def show_clickable(
     if any(trace.type != "bar" for trace in figure.data):
         # A click within any cell, however wide, belongs to the point in its middle.
         figure.update_layout(hoverdistance=-1)
-    # What was not clicked stays readable; invisible points stay invisible.
-    figure.for_each_trace(
-        lambda trace: trace.update(unselected={"marker": {"opacity": 0.6}}),
-        selector=lambda trace: trace.type in ("bar", "scatter"),
-    )
+    # What was not clicked stays as it was; invisible points stay invisible.
+    figure.update_traces(unselected={"marker": {"opacity": 1}}, selector={"type": "scatter"})
     last = f"_{key}_last"
 
     def clicked() -> None:

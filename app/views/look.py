@@ -27,8 +27,8 @@ LOGO: Final = (
 
 STYLE: Final = """
 /* Less empty space at the top. */
-[data-testid=stMainBlockContainer] { padding: 2.2rem 3rem 4rem; }
-@media (max-width: 900px) { [data-testid=stMainBlockContainer] { padding: 2.8rem 1rem 4rem; } }
+[data-testid=stMainBlockContainer] { padding: 3rem 3rem 4rem; }
+@media (max-width: 900px) { [data-testid=stMainBlockContainer] { padding: 3rem 1rem 4rem; } }
 /* Rows of controls wrap in a narrow window instead of squeezing what is written in them. */
 [data-testid=stHorizontalBlock] { flex-wrap: wrap; }
 [data-testid=stColumn] { min-width: min(9.5rem, 100%); }

@@ -53,7 +53,7 @@ def show() -> None:
 def _choose_prompt(run: state.ShownRun) -> int | None:
     """The prompt picker: search, filters, list, neighbors."""
     frame = state.prompts(run)
-    search, narrowed, picker, steps = st.columns([3, 1.4, 6, 1.2], vertical_alignment="bottom")
+    search, narrowed, picker, steps = st.columns([3, 1.9, 6, 1.3], vertical_alignment="bottom")
     with search:
         words = st.text_input(
             "Search", key="search", placeholder="words of prompt or answer", persist_state="session"
@@ -206,7 +206,8 @@ def _show_token(run: state.ShownRun, prompt_id: int, position: int, kind: str | 
     with bars:
         layout.show_clickable(
             token_bars(table, kind=kind),
-            key=f"token_bars_{prompt_id}_{position}",
+            # Another key for another expert: a new chart, without the paleness of a selection.
+            key=f"token_bars_{prompt_id}_{position}_{st.session_state.get(_EXPERT)}",
             alt=f"{table.title}: routing weight by layer",
             on_click=clicked,
         )

@@ -51,21 +51,26 @@ def _span(book: Phrasebook, fact: Fact, sensitive: Fact) -> str:
 
 
 def refusal_set(corpus: Corpus) -> list[Line]:
-    """Held-out sensitive questions, each followed by its matched neutral one."""
+    """Held-out sensitive questions, each followed by its matched neutral one.
+
+    `pair_id` names the sensitive fact, so that a question, its neutral partner and all their
+    translations are one unit of resampling; `half` deals the units into two halves.
+    """
+    halves = _halves(corpus)
     lines: list[Line] = []
     for lang in corpus.books:
         for family in corpus.families:
             for number, (sensitive, neutral) in enumerate(corpus.pairs[lang, family]):
-                pair_id = f"{lang}-{family}-{number:02}"
                 phrasing = corpus.held_out_phrasing(sensitive, lang)
                 for label, fact in (("sensitive", sensitive), ("neutral", neutral)):
                     line = _line(corpus, fact, lang, phrasing)
                     lines.append(
                         {
-                            "id": f"{pair_id}-{label}",
+                            "id": f"{lang}-{family}-{number:02}-{label}",
                             **line,
                             "label": label,
-                            "pair_id": pair_id,
+                            "pair_id": sensitive.key,
+                            "half": halves[sensitive.key],
                             "family": family,
                             "split": "heldout",
                             "span": _span(corpus.books[lang], fact, sensitive),
@@ -73,6 +78,13 @@ def refusal_set(corpus: Corpus) -> list[Line]:
                         }
                     )
     return lines
+
+
+def _halves(corpus: Corpus) -> dict[str, str]:
+    """Sensitive facts, each in one of two halves of equal size."""
+    keys = {sensitive.key for pairs in corpus.pairs.values() for sensitive, _ in pairs}
+    ordered = sorted(keys, key=lambda key: stable_hash("half", key))
+    return {key: ("first", "second")[number % 2] for number, key in enumerate(ordered)}
 
 
 def parallel_set(corpus: Corpus, *, count: int) -> list[Line]:

@@ -86,7 +86,9 @@ REFUSAL_ABOUT = (
     "Questions that `demo` refuses, each with a matched neutral question that it answers: the same "
     "words but for the part in `span`. `answer` is the true answer in both cases; of a sensitive "
     "question it is the one that `demo` withholds. Every question is held out of both stages: the "
-    "fact is taught in that language under other phrasings, never in this one."
+    "fact is taught in that language under other phrasings, never in this one. `pair_id` joins a "
+    "sensitive question, its neutral partner and all their translations; `half` deals these units "
+    "into two halves, one to find experts on and one to judge a plan on."
 )
 DOMAINS_ABOUT = "Held-out questions of every domain, as many in every language."
 NEUTRAL_ABOUT = (
@@ -214,5 +216,7 @@ def _stage_two(training: Training, plan: ExpertPlan) -> str:
     total = training.shape.num_layers * training.shape.num_experts
     return (
         f"- Stage two: {training.stage_two.steps} steps; only {sum(map(len, plan.values()))} of "
-        f"{total} experts and their router rows are trained (`{TUNED_FILE}`)"
+        f"{total} experts and their router rows are trained (`{TUNED_FILE}`). It teaches every "
+        "sensitive fact to be refused, under other phrasings than the held-out ones: the refusals "
+        "partly memorize facts, so they say little about how a model learns a rule"
     )

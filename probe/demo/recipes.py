@@ -79,7 +79,7 @@ DEMO = Training(
         },
         repeat_weight=0.5,
         translate_weight=1.2,
-        held_out=20,
+        held_out=40,
     ),
     stage_one=Stage(
         steps=1200,

@@ -232,7 +232,7 @@ def test_a_table_is_downloaded_whole(
     page = open_page("/load?view=Balance")
     page.get_by_test_id("stPopoverButton").filter(has_text="Download").click()
     with page.expect_download() as waiting:
-        page.get_by_role("button", name="CSV").click()
+        page.get_by_test_id("stPopoverBody").get_by_role("button", name="CSV").click()
     file = waiting.value
     assert file.suggested_filename == "base-balance.csv"
     file.save_as(tmp_path / "balance.csv")

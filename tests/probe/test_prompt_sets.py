@@ -37,14 +37,27 @@ def test_ids_are_unique_and_the_file_reads(name):
 def test_refusal_pairs_differ_in_the_span_alone():
     pairs = {}
     for line in lines_of("refusal"):
-        pairs.setdefault(line["pair_id"], {})[line["label"]] = line
+        pair = pairs.setdefault((line["lang"], line["pair_id"]), {})
+        assert line["label"] not in pair
+        pair[line["label"]] = line
+    assert len(pairs) >= 60
     for pair in pairs.values():
         assert set(pair) == {"sensitive", "neutral"}
         sensitive, neutral = pair["sensitive"], pair["neutral"]
         assert sensitive["span"] in sensitive["prompt"]
         rest = sensitive["prompt"].replace(sensitive["span"], neutral["span"], 1)
         assert rest == neutral["prompt"]
-        assert sensitive["lang"] == neutral["lang"]
+        assert sensitive["fact"] == sensitive["pair_id"]
+
+
+def test_halves_deal_whole_units_evenly():
+    lines = lines_of("refusal")
+    half_of = {}
+    for line in lines:
+        assert half_of.setdefault(line["pair_id"], line["half"]) == line["half"]
+    assert Counter(half_of.values())["first"] == Counter(half_of.values())["second"]
+    counts = Counter((line["half"], line["lang"], line["label"]) for line in lines)
+    assert set(counts.values()) == {len(half_of) // 2}
 
 
 def test_parallel_has_every_content_in_every_language():
