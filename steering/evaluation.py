@@ -113,14 +113,20 @@ def _outcome_lines(result: EvaluationResult) -> list[str]:
     rates = result.frame[result.frame["metric"].isin(OUTCOMES)]
     for group, found in rates.groupby("group", sort=True):
         head = f"{group}, {found['n'].iloc[0]} prompts"
-        lines.append(f"{head:<26}" + "".join(f"{outcome:>14}" for outcome in OUTCOMES))
+        lines.append(f"{head:<26}" + "".join(f"{outcome:>20}" for outcome in OUTCOMES))
         for title, names in rows:
-            cells = [
-                _span([result.value(name, str(group), outcome) for name in names])
-                for outcome in OUTCOMES
-            ]
-            lines.append(f"  {title:<24}" + "".join(f"{cell:>14}" for cell in cells))
+            cells = [_rates(found, names, outcome) for outcome in OUTCOMES]
+            lines.append(f"  {title:<24}" + "".join(f"{cell:>20}" for cell in cells))
     return lines
+
+
+def _rates(found: pd.DataFrame, names: Sequence[str], outcome: str) -> str:
+    """One condition's rate with its interval, or the span of several conditions' rates."""
+    rows = found[found["condition"].isin(names) & (found["metric"] == outcome)]
+    if len(rows) != 1:
+        return _span(rows["value"].tolist())
+    row = rows.iloc[0]
+    return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
 def _side_effect_lines(result: EvaluationResult) -> list[str]:

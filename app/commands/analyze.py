@@ -35,6 +35,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 RowsOption = Annotated[int, typer.Option(min=1, help="Rows to print.")]
 
 
+_CONTRAST_COLUMNS = (
+    "layer", "kind", "expert", "rate_a", "rate_b", "risk_difference", "effect", "low", "high", "p",
+    "q", "confirmed",
+)  # fmt: skip
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
     app.command(
@@ -121,7 +127,7 @@ def contrast(
     filters = read_filters(analysis.filters, where, tokens, layers, all_tokens)
     opened, run_id = open_run(store, run)
     table = expert_contrast(opened, run_id, filters=filters, **arguments)
-    show_table(table, out=out, rows=rows, as_json=as_json)
+    show_table(table, out=out, rows=rows, as_json=as_json, columns=_CONTRAST_COLUMNS)
 
 
 def open_run(store: Path, run: str | None) -> tuple[Any, str]:
@@ -166,8 +172,18 @@ def read_filters(
     return replace(base, **changes)
 
 
-def show_table(table: AnalysisTable, *, out: Path | None, rows: int, as_json: bool) -> None:
-    """Print a table with what it was computed from, and write it where asked."""
+def show_table(
+    table: AnalysisTable,
+    *,
+    out: Path | None,
+    rows: int,
+    as_json: bool,
+    columns: Sequence[str] | None = None,
+) -> None:
+    """Print a table with what it was computed from, and write it where asked.
+
+    `columns` limits what is printed for people; files and JSON hold all.
+    """
     from moescope.probe.analysis import table_as_json, write_table
 
     if out is not None:
@@ -183,7 +199,8 @@ def show_table(table: AnalysisTable, *, out: Path | None, rows: int, as_json: bo
     )
     for name, value in table.summary.items():
         console.emit(f"{name}: {_short(value)}")
-    console.print_frame(table.frame, limit=rows)
+    frame = table.frame if columns is None else table.frame[list(columns)]
+    console.print_frame(frame, limit=rows)
     for note in table.notes:
         console.emit(f"note: {note}")
     if out is not None:

@@ -46,7 +46,7 @@ def plan_from_table(
     unconfirmed: Annotated[
         bool, typer.Option("--unconfirmed", help="Use experts that were not confirmed, too.")
     ] = False,
-    name: Annotated[str, typer.Option(help="The plan's name.")] = "from-table",
+    name: Annotated[str | None, typer.Option(help="The plan's name; else the table's.")] = None,
 ) -> None:
     """Make a plan from a contrast: mask what fires more in group a, force what fires more in b.
 
@@ -58,7 +58,7 @@ def plan_from_table(
     layers = None if model is None else model_layers(model)
     plan = plan_from_contrast(
         frame, num_mask=mask, num_force=force, layers=layers, confirmed_only=not unconfirmed,
-        name=name, model=model, provenance={"table": table.name},
+        name=name or table.stem, model=model, provenance={"table": table.name},
     )  # fmt: skip
     plan.write(out)
     show_plan(plan)
@@ -178,7 +178,8 @@ def evaluate(
         return
     for line in result.lines():
         console.emit(line)
-    console.print_frame(result.frame)
+    if out is None:
+        console.say("all rates, with the paired change of each: --out FILE.csv or --json")
 
 
 def select_prompts(paths: Sequence[str], where: Sequence[str] | None) -> list[Prompt]:

@@ -35,10 +35,7 @@ def show() -> None:
     """Draw the page."""
     layout.heading("Runs", "What this store holds, and how the chosen run was recorded.")
     run = state.shown_run()
-    frame = state.all_runs()
-    unfinished = "running" in set(frame["status"])
-    # Only this table is drawn again every few seconds, and only while something is recorded.
-    st.fragment(_show_runs, run_every=_LOOK_AGAIN_S if unfinished else None)()
+    _show_runs()
     st.header(layout.escaped(run.run_id), anchor=False, divider="gray")
     _show_facts(run)
     routers, prompts, manifest = st.tabs(
@@ -57,10 +54,16 @@ def show() -> None:
 
 
 def _show_runs() -> None:
-    with layout.errors_as_sentences():
-        layout.show_frame(
-            state.all_runs(), key="runs", name="runs", height=250, column_config=_COLUMNS
-        )
+    """The table of runs; while one is recorded, it alone is drawn again every few seconds."""
+    found = [state.all_runs()]
+    is_recording = "running" in set(found[0]["status"])
+
+    def draw() -> None:
+        with layout.errors_as_sentences():
+            frame = found.pop() if found else state.all_runs()
+            layout.show_frame(frame, key="runs", name="runs", height=250, column_config=_COLUMNS)
+
+    st.fragment(draw, run_every=_LOOK_AGAIN_S if is_recording else None)()
 
 
 def _show_facts(run: state.ShownRun) -> None:
