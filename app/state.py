@@ -165,8 +165,9 @@ def analyze(
 
 
 def prompts(run: ShownRun) -> pd.DataFrame:
-    """The prompts of a run: `prompt_id`, then `PROMPT_FIELDS` as text, missing as None."""
-    return _fields(str(run.store), run.run_id, run.stamp, PROMPT_FIELDS)
+    """The prompts of a run: `prompt_id`, `PROMPT_FIELDS` and comparable fields, missing as None."""
+    further = [name for name in comparable_fields(run) if name not in PROMPT_FIELDS]
+    return _fields(str(run.store), run.run_id, run.stamp, (*PROMPT_FIELDS, *further))
 
 
 def matching_prompts(
@@ -270,9 +271,26 @@ def plan_of(
             "b": asked["b"],
             "n_a": int(first["num_prompts_a"]),
             "n_b": int(first["num_prompts_b"]),
-            "tokens": table.context.selection,
+            "where": table.context.filters["fields"],
+            "counted": table.context.selection,
             "seed": asked["seed"],
         },
+    )
+
+
+def is_held_out(plan: SteeringPlan, run: ShownRun, kept: Mapping[str, tuple[str, ...]]) -> bool:
+    """Whether no prompt with these values can have taken part in making a plan.
+
+    True for plans of other runs and plans by hand, and where both kept other values of one field.
+    """
+    if plan.provenance.get("run") != run.run_id:
+        return True
+    where = plan.provenance.get("where")
+    if not isinstance(where, dict):
+        return False
+    return any(
+        isinstance(values, list) and name in kept and not set(values) & set(kept[name])
+        for name, values in where.items()
     )
 
 

@@ -31,7 +31,7 @@ STYLE: Final = """
 @media (max-width: 900px) { [data-testid=stMainBlockContainer] { padding: 3rem 1rem 4rem; } }
 /* Rows of controls wrap in a narrow window instead of squeezing what is written in them. */
 [data-testid=stHorizontalBlock] { flex-wrap: wrap; }
-[data-testid=stColumn] { min-width: min(9.5rem, 100%); }
+[data-testid=stColumn] { min-width: min(8.5rem, 100%); }
 [data-testid=stColumn]:has(.st-key-steps) { min-width: 6rem; }
 .st-key-side_by_side [data-testid=stColumn]:has([data-testid=stPlotlyChart]),
 .st-key-side_by_side [data-testid=stColumn]:has([data-testid=stDataFrame]) {

@@ -21,7 +21,6 @@ _PROMPT: Final = "prompt"
 _TOKEN: Final = "token"
 _COLOR: Final = "color"
 _EXPERT: Final = "token_expert"
-_FILTER_FIELDS: Final[tuple[str, ...]] = ("lang", "label", "outcome", "domain", "set_name")
 _MOST_LISTED: Final = 1_000
 _MOST_TOKENS: Final = 256
 _COLORS: Final = {
@@ -59,9 +58,7 @@ def _choose_prompt(run: state.ShownRun) -> int | None:
             "Search", key="search", placeholder="words of prompt or answer", persist_state="session"
         )
     with narrowed:
-        values = state.comparable_fields(run)
-        fields = {name: values[name] for name in _FILTER_FIELDS if name in values}
-        kept = choices.conditions(fields, key="prompts")
+        kept = choices.conditions(state.comparable_fields(run), key="prompts")
     found = state.matching_prompts(frame, words, kept)
     if found.empty:
         st.info("No prompt of this run matches; change the search or the filter.")

@@ -61,7 +61,7 @@ def show() -> None:
 def _ask(run: state.ShownRun, fields: Mapping[str, Sequence[str]]) -> AnalysisTable | None:
     """The pickers of the two groups, and the contrast between them."""
     by, first_group, second_group, tokens_column, filters, more = st.columns(
-        [1.5, 2.2, 2.2, 1.9, 1.2, 1.2], vertical_alignment="bottom"
+        [1.5, 2, 2, 1.9, 1.5, 1.6], vertical_alignment="bottom"
     )
     field_name, usual_a, usual_b = _usual_groups(fields)
     with by:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import streamlit as st
@@ -175,12 +174,12 @@ def _ask_many(run: state.ShownRun, plan: SteeringPlan | None) -> None:
     if plan is None:
         st.info("An evaluation needs a plan: make one on the page Refusal experts, or upload one.")
         return
-    found, neutral_label, controls = _choose_many(run)
-    if plan.provenance.get("run") == run.run_id:
+    found, kept, neutral_label, controls = _choose_many(run)
+    if not state.is_held_out(plan, run, kept):
         st.caption(
             ":material/warning: The plan was made from this run, so some of these prompts chose "
-            "its experts, and the rates flatter it. For a claim, evaluate it on prompts that it "
-            "never saw: `moescope evaluate MODEL --plan plan.json --prompts FILE`."
+            "its experts, and the rates flatter it. For a claim, keep some prompts apart: filter "
+            "on the page Refusal experts (such as `half` = first), and filter the others here."
         )
     asked = st.button(
         f"Evaluate on {len(found):,} prompts", type="primary", icon=":material/play_arrow:",
@@ -195,15 +194,17 @@ def _ask_many(run: state.ShownRun, plan: SteeringPlan | None) -> None:
         _show_evaluation(run, result, left_out)
 
 
-def _choose_many(run: state.ShownRun) -> tuple[pd.DataFrame, str, int]:
-    """Which prompts to evaluate on, which label is neutral, how many random plans."""
+def _choose_many(
+    run: state.ShownRun,
+) -> tuple[pd.DataFrame, dict[str, tuple[str, ...]], str, int]:
+    """The prompts to evaluate on and their filter, the neutral label, how many random plans."""
     frame = state.prompts(run)
     fields = state.comparable_fields(run)
     filter_column, number_column, neutral_column, controls_column = st.columns(
         [1.3, 1.3, 1.6, 1.3], vertical_alignment="bottom"
     )
     with filter_column:
-        kept = choices.conditions(_only_columns(fields, frame), key="evaluate")
+        kept = choices.conditions(fields, key="evaluate")
     candidates = state.matching_prompts(frame, "", kept)
     if not kept and candidates["label"].notna().any():
         candidates = candidates[candidates["label"].notna()]
@@ -222,11 +223,7 @@ def _choose_many(run: state.ShownRun) -> tuple[pd.DataFrame, str, int]:
         )  # fmt: skip
     with controls_column:
         controls = st.number_input("Random plans", 1, 20, 3, key="controls")
-    return state.sampled_prompts(candidates, int(number), 0), neutral, int(controls)
-
-
-def _only_columns(fields: Mapping[str, list[str]], frame: pd.DataFrame) -> dict[str, list[str]]:
-    return {name: values for name, values in fields.items() if name in frame}
+    return state.sampled_prompts(candidates, int(number), 0), kept, neutral, int(controls)
 
 
 def _evaluate(

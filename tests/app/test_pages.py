@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from moescope.app import state
 from moescope.probe.storage.store import Store
 
 OpenApp = Callable[..., AppTest]
@@ -332,7 +333,6 @@ def test_an_evaluation_shows_rates_with_intervals_controls_and_what_changed(
     app = with_plan.switch_page("views/steering.py").run()
     app.query_params["view"] = "Many prompts"
     app.run()
-    assert "the rates flatter it" in texts(app)
     app.number_input(key="num_prompts").set_value(3).run()
     app.number_input(key="controls").set_value(2).run()
     press(app, "Evaluate on 6 prompts")
@@ -345,6 +345,34 @@ def test_an_evaluation_shows_rates_with_intervals_controls_and_what_changed(
     assert set(shares["n"]) == {3}
     subtitle = figures(app)[0]["layout"]["title"]["subtitle"]["text"]
     assert str(saved_model) in subtitle and "run base" in subtitle and "6 prompts" in subtitle
+
+
+def test_rates_on_prompts_that_chose_the_experts_are_said_to_flatter(
+    open_app: OpenApp, texts: Texts, recorded_store: Path
+) -> None:
+    app = open_app(recorded_store, "refusal")
+    app.multiselect(key="contrast_lang").set_value(["en", "de"]).run()
+    app.checkbox(key="unconfirmed").check().run()
+    press(app, "Make plan").switch_page("views/steering.py").run()
+    app.query_params["view"] = "Many prompts"
+    app.run()
+    assert "the rates flatter it" in texts(app)
+    app.multiselect(key="evaluate_lang").set_value(["de", "fr"]).run()
+    assert "the rates flatter it" in texts(app)
+    app.multiselect(key="evaluate_lang").set_value(["fr"]).run()
+    assert not app.error and "the rates flatter it" not in texts(app)
+
+
+def test_prompts_to_evaluate_on_are_drawn_alike_from_every_label(recorded_store: Path) -> None:
+    frame = Store(recorded_store).query(
+        "SELECT prompt_id, label, pair_id, lang FROM prompts WHERE run_id = 'base' ORDER BY ALL"
+    )
+    drawn = state.sampled_prompts(frame, 6, seed=0)
+    assert drawn["label"].value_counts().to_dict() == {"neutral": 6, "sensitive": 6}
+    assert drawn["prompt_id"].is_monotonic_increasing
+    assert drawn["pair_id"].value_counts().eq(3).all(), "translations are drawn together"
+    assert len(state.sampled_prompts(frame, 100, seed=0)) == 24
+    assert not state.sampled_prompts(frame, 6, seed=1).equals(drawn)
 
 
 def test_a_plan_of_another_model_is_announced_as_such(
