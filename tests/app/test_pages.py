@@ -372,7 +372,8 @@ def test_prompts_to_evaluate_on_are_drawn_alike_from_every_label(recorded_store:
     assert drawn["prompt_id"].is_monotonic_increasing
     assert drawn["pair_id"].value_counts().eq(3).all(), "translations are drawn together"
     assert len(state.sampled_prompts(frame, 100, seed=0)) == 24
-    assert not state.sampled_prompts(frame, 6, seed=1).equals(drawn)
+    others = [state.sampled_prompts(frame, 6, seed=seed) for seed in range(1, 6)]
+    assert any(not other.equals(drawn) for other in others)
 
 
 def test_a_plan_of_another_model_is_announced_as_such(
