@@ -170,35 +170,6 @@ def prompts(run: ShownRun) -> pd.DataFrame:
     return _fields(str(run.store), run.run_id, run.stamp, (*PROMPT_FIELDS, *further))
 
 
-def matching_prompts(
-    frame: pd.DataFrame, words: str, kept: Mapping[str, tuple[str, ...]]
-) -> pd.DataFrame:
-    """The prompts with all the words (in prompt, answer or key) and one value of each field."""
-    for name, values in kept.items():
-        frame = frame[frame[name].isin(values)]
-    searched = frame["text"].fillna("")
-    for name in ("response", "key"):
-        searched = searched + "\n" + frame[name].fillna("")
-    for word in words.casefold().split():
-        frame = frame[searched.loc[frame.index].str.casefold().str.contains(word, regex=False)]
-    return frame
-
-
-def sampled_prompts(frame: pd.DataFrame, number: int, seed: int) -> pd.DataFrame:
-    """Prompts of every label, at least `number` of each where there are as many.
-
-    What shares a label and a `pair_id` is drawn together. The order is that of the run.
-    """
-    own = "prompt " + frame["prompt_id"].astype(str)
-    unit = ("pair " + frame["pair_id"]).where(frame["pair_id"].notna(), own)
-    label = frame["label"].fillna("")
-    sizes = frame.groupby([label.rename("label"), unit.rename("unit")]).size().rename("size")
-    drawn = sizes.reset_index().sample(frac=1, random_state=seed)
-    before = drawn.groupby("label")["size"].cumsum() - drawn["size"]
-    kept = set(drawn.loc[before < number, ["label", "unit"]].itertuples(index=False, name=None))
-    return frame[[pair in kept for pair in zip(label, unit, strict=True)]]
-
-
 def field_values(run: ShownRun, name: str) -> pd.Series[str]:
     """One prompt field of a run as text, by prompt; also a key of `meta`."""
     return _fields(str(run.store), run.run_id, run.stamp, (name,))[name]
@@ -276,6 +247,27 @@ def plan_of(
             "seed": asked["seed"],
         },
     )
+
+
+def longest_answer(run: ShownRun) -> int:
+    """The tokens that an answer of the run could have; 32 where it generated none."""
+    return int(run.info.manifest.get("arguments", {}).get("max_new_tokens") or 32)
+
+
+def num_answered_otherwise(run: ShownRun, answers: Mapping[int, str], longest: int) -> int:
+    """How many greedy answers differ from those that the run recorded for the same prompts.
+
+    Args:
+        run: the run.
+        answers: prompt id -> what the model wrote now.
+        longest: the tokens allowed for it; answers of another length are not compared.
+    """
+    arguments = run.info.manifest.get("arguments", {})
+    sampled = arguments.get("sampling", {}).get("do_sample", False)
+    if sampled or arguments.get("max_new_tokens") != longest:
+        return 0
+    recorded = prompts(run).set_index("prompt_id")["response"]
+    return sum(text != recorded[prompt_id] for prompt_id, text in answers.items())
 
 
 def is_held_out(plan: SteeringPlan, run: ShownRun, kept: Mapping[str, tuple[str, ...]]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import streamlit as st
 
 from moescope.app import state
-from moescope.probe.errors import ModelInputError
+from moescope.probe.errors import InputError, ModelInputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,6 +59,15 @@ class Answers:
 
     compared: Comparison
     control: Comparison | None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation, the prompts it was made on, and how many could not be asked again."""
+
+    result: EvaluationResult
+    prompt_ids: tuple[int, ...]
+    left_out: int
 
 
 def is_loaded(run: state.ShownRun) -> bool:
@@ -120,14 +129,13 @@ def answer(
 def evaluate(
     run: state.ShownRun,
     plan: SteeringPlan,
-    prompts: Sequence[Prompt],
+    frame: pd.DataFrame,
     *,
     neutral_label: str,
     num_controls: int,
-    max_new_tokens: int,
     progress: Callable[[int, int], None],
-) -> EvaluationResult:
-    """Answer prompts unsteered, steered and with random experts, and compare the outcomes.
+) -> Evaluated:
+    """Answer prompts of a run unsteered, steered and with random experts, and compare.
 
     Raises:
         MoescopeError: the model cannot be loaded, or the plan does not fit it.
@@ -135,33 +143,40 @@ def evaluate(
     with live_model(run) as bundle:
         from moescope.steering.evaluate import evaluate_plan
 
-        return evaluate_plan(
+        prompts = _askable(bundle, run, frame)
+        result = evaluate_plan(
             bundle,
             plan,
             prompts,
             neutral_label=neutral_label,
             num_controls=num_controls,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=state.longest_answer(run),
             progress=progress,
             **_rendering(run),
         )
+    numbers = tuple(prompt.prompt_id for prompt in prompts)
+    return Evaluated(result, numbers, len(frame) - len(prompts))
 
 
-def askable(run: state.ShownRun, frame: pd.DataFrame) -> list[Prompt]:
+def _askable(bundle: ModelBundle, run: state.ShownRun, frame: pd.DataFrame) -> list[Prompt]:
     """The prompts of a run that can be asked again exactly as they were.
 
     The store keeps a prompt's last message alone, so a prompt with earlier turns is left out: its
     text comes out otherwise than it was recorded.
     """
-    kept: list[Prompt] = []
-    with live_model(run) as bundle:
-        from moescope.probe.rendering import render_prompt
+    from moescope.probe.rendering import render_prompt
 
-        for _, row in frame.iterrows():
-            prompt = prompt_of(row)
-            rendered = render_prompt(bundle.tokenizer, prompt, **_rendering(run))
-            if rendered.text == row["rendered_text"]:
-                kept.append(prompt)
+    kept: list[Prompt] = []
+    for _, row in frame.iterrows():
+        prompt = prompt_of(row)
+        rendered = render_prompt(bundle.tokenizer, prompt, **_rendering(run))
+        if rendered.text == row["rendered_text"]:
+            kept.append(prompt)
+    if not kept:
+        raise InputError(
+            "none of these prompts can be asked again as it was recorded: all have earlier turns, "
+            "of which the store keeps the last alone"
+        )
     return kept
 
 

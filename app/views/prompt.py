@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import streamlit as st
 
 from moescope.app import state
-from moescope.app.views import choices, experts, layout
+from moescope.app.views import choices, experts, layout, prompt_rows
 from moescope.app.views.token_strip import StripToken, token_strip
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def _choose_prompt(run: state.ShownRun) -> int | None:
         )
     with narrowed:
         kept = choices.conditions(state.comparable_fields(run), key="prompts")
-    found = state.matching_prompts(frame, words, kept)
+    found = prompt_rows.matching_prompts(frame, words, kept)
     if found.empty:
         st.info("No prompt of this run matches; change the search or the filter.")
         return None

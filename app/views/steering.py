@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import streamlit as st
 
 from moescope.app import state
-from moescope.app.views import choices, experts, layout, live, plans
+from moescope.app.views import choices, experts, layout, live, plans, prompt_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,6 +92,21 @@ def _ask_one(run: state.ShownRun, plan: SteeringPlan | None) -> None:
         )
         return
     _show_answers(answers, seed)
+    if prompt.set_name != _TYPED:
+        unsteered = {prompt.prompt_id: answers.compared.answers[0].unsteered.text}
+        _warn_of_other_answers(run, unsteered, longest)
+
+
+def _warn_of_other_answers(run: state.ShownRun, unsteered: Mapping[int, str], longest: int) -> None:
+    """A plan made from recorded routing says little about a model that answers otherwise now."""
+    changed = state.num_answered_otherwise(run, unsteered, longest)
+    if changed:
+        st.warning(
+            f"{changed:,} of {len(unsteered):,} unsteered answers differ from those that the run "
+            "recorded: the model's weights, precision or software are not what they were, and "
+            "experts found in the run may not be those of this model. Record the run again.",
+            icon=":material/history:",
+        )
 
 
 def _choose_prompt(run: state.ShownRun) -> tuple[Prompt | None, int, int]:
@@ -101,8 +117,8 @@ def _choose_prompt(run: state.ShownRun) -> tuple[Prompt | None, int, int]:
     with source_column:
         source = choices.linked_choice("Prompt", [_FROM_RUN, _TYPED], key="source")
     with longest_column:
-        recorded = int(run.info.manifest.get("arguments", {}).get("max_new_tokens") or 32)
-        longest = st.number_input("Longest answer", 1, 1024, recorded, help="In tokens.")
+        usual = state.longest_answer(run)
+        longest = st.number_input("Longest answer", 1, 4096, usual, help="In tokens.")
     with seed_column:
         seed = st.number_input("Control seed", 0, 10_000, 0, help="Draws the random experts.")
     with prompt_column:
@@ -113,7 +129,7 @@ def _choose_prompt(run: state.ShownRun) -> tuple[Prompt | None, int, int]:
         return None, int(longest), int(seed)
     from moescope.probe.prompts import Prompt
 
-    return Prompt(prompt_id=0, text=text, set_name="typed"), int(longest), int(seed)
+    return Prompt(prompt_id=0, text=text, set_name=_TYPED), int(longest), int(seed)
 
 
 def _prompt_of_run(run: state.ShownRun) -> Prompt:
@@ -187,11 +203,11 @@ def _ask_many(run: state.ShownRun, plan: SteeringPlan | None) -> None:
     )  # fmt: skip
     key = (run.store, run.run_id, plan.plan_id, tuple(found["prompt_id"]), neutral_label, controls)
     if asked:
-        result, left_out = _evaluate(run, plan, found, neutral_label, controls)
-        st.session_state[_EVALUATION] = (key, result, left_out)
-    kept_key, result, left_out = st.session_state.get(_EVALUATION, (None, None, 0))
-    if result is not None and kept_key == key:
-        _show_evaluation(run, result, left_out)
+        evaluated = _evaluate(run, plan, found, neutral_label, controls)
+        st.session_state[_EVALUATION] = (key, evaluated)
+    kept_key, evaluated = st.session_state.get(_EVALUATION, (None, None))
+    if evaluated is not None and kept_key == key:
+        _show_evaluation(run, evaluated)
 
 
 def _choose_many(
@@ -205,7 +221,7 @@ def _choose_many(
     )
     with filter_column:
         kept = choices.conditions(fields, key="evaluate")
-    candidates = state.matching_prompts(frame, "", kept)
+    candidates = prompt_rows.matching_prompts(frame, "", kept)
     if not kept and candidates["label"].notna().any():
         candidates = candidates[candidates["label"].notna()]
     most = max(len(candidates), 1)
@@ -223,43 +239,43 @@ def _choose_many(
         )  # fmt: skip
     with controls_column:
         controls = st.number_input("Random plans", 1, 20, 3, key="controls")
-    return state.sampled_prompts(candidates, int(number), 0), kept, neutral, int(controls)
+    return prompt_rows.sampled_prompts(candidates, int(number), 0), kept, neutral, int(controls)
 
 
 def _evaluate(
     run: state.ShownRun, plan: SteeringPlan, found: pd.DataFrame, neutral: str, controls: int
-) -> tuple[EvaluationResult, int]:
+) -> live.Evaluated:
     bar = st.progress(0.0, f"Loading {run.info.model} …")
 
     def progress(done: int, total: int) -> None:
         bar.progress(done / total, f"{done:,} of {total:,} answers")
 
     try:
-        prompts = live.askable(run, found)
-        longest = int(run.info.manifest.get("arguments", {}).get("max_new_tokens") or 32)
-        result = live.evaluate(
-            run, plan, prompts, neutral_label=neutral, num_controls=controls,
-            max_new_tokens=longest, progress=progress,
-        )  # fmt: skip
+        return live.evaluate(
+            run, plan, found, neutral_label=neutral, num_controls=controls, progress=progress
+        )
     finally:
         bar.empty()
-    return result, len(found) - len(prompts)
 
 
-def _show_evaluation(run: state.ShownRun, result: EvaluationResult, left_out: int) -> None:
+def _show_evaluation(run: state.ShownRun, evaluated: live.Evaluated) -> None:
     from moescope.app.views.outcome_chart import outcome_chart
 
+    result = evaluated.result
     layout.show_figure(
         outcome_chart(result, run.run_id),
         key="outcomes",
         alt="Share of each outcome by group of prompts: unsteered, steered, random experts",
     )
+    unsteered = [answer.text for answer in result.conditions[0].answers]
+    asked = dict(zip(evaluated.prompt_ids, unsteered, strict=True))
+    _warn_of_other_answers(run, asked, state.longest_answer(run))
     for note in result.notes:
         st.caption(f":material/info: {layout.escaped(note)}")
-    if left_out:
+    if evaluated.left_out:
         st.caption(
-            f":material/info: {left_out} prompts with earlier turns were left out: the store keeps "
-            "their last message alone, so they cannot be asked again as they were."
+            f":material/info: {evaluated.left_out} prompts with earlier turns were left out: the "
+            "store keeps their last message alone, so they cannot be asked again as they were."
         )
     rates, changed, routing = st.tabs(["Rates", "Changed answers", "Routing"])
     with rates:

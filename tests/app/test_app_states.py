@@ -13,6 +13,7 @@ from streamlit.testing.v1 import AppTest
 
 from moescope.app import state
 from moescope.probe.storage.locks import writing
+from moescope.probe.storage.store import Store
 
 OpenApp = Callable[..., AppTest]
 Texts = Callable[[AppTest], str]
@@ -22,6 +23,7 @@ PAGES = ("runs", "prompt", "specialization", "load", "languages", "refusal", "st
 HOLD_THE_STORE = """
 import sys, time
 from moescope.probe.storage.locks import writing
+from moescope.probe.storage.store import Store
 with writing(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -179,6 +181,47 @@ def test_a_model_of_the_hub_is_never_downloaded_by_the_dashboard(
     app.run()
     assert len(app.error) == 1 and not app.exception
     assert "moescope doctor nobody/no-such-model" in app.error[0].value.replace("\\", "")
+
+
+def test_a_model_that_answers_otherwise_than_recorded_is_announced(
+    open_app: OpenApp, texts: Texts, recorded_store: Path, changed_store: Callable[[str], Path]
+) -> None:
+    warning = "1 of 1 unsteered answers differ from those that the run recorded"
+    for store, is_announced in (
+        (recorded_store, False),
+        (changed_store("UPDATE prompts SET response = 'Something else.'"), True),
+    ):
+        app = open_app(store, "steering")
+        next(button for button in app.button if button.label == "Answer").click()
+        app.run()
+        assert not app.error and "Unsteered" in texts(app)
+        assert (warning in texts(app)) == is_announced
+
+
+def test_an_evaluation_leaves_out_earlier_turns_and_is_kept_on_request(
+    open_app: OpenApp, texts: Texts, changed_store: Callable[[str], Path]
+) -> None:
+    from moescope.steering import SteeringPlan
+
+    store = changed_store(
+        "UPDATE prompts SET rendered_text = 'Before. ' || rendered_text "
+        "WHERE run_id = 'base' AND prompt_id % 6 = 0"
+    )
+    plan = SteeringPlan(interventions=[{"action": "mask", "layer": 1, "experts": [2]}])
+    app = open_app(store, "steering", view="Many prompts")
+    app.session_state["_plan"] = plan.to_json()
+    app.run()
+    app.number_input(key="controls").set_value(1).run()
+    next(button for button in app.button if button.label.startswith("Evaluate on 24")).click()
+    app.run()
+    assert not app.error
+    assert "4 prompts with earlier turns were left out" in texts(app)
+    next(button for button in app.button if button.label == "Keep in the store").click()
+    app.run()
+    assert not app.error and "is in the tables plans and evaluations" in texts(app)
+    kept = Store(store).query("SELECT DISTINCT plan_id, condition FROM evaluations")
+    assert set(kept["condition"]) == {"unsteered", "steered", "control:random:0"}
+    assert plan.plan_id in kept["plan_id"].tolist()
 
 
 def test_what_nobody_expected_is_a_sentence_too_and_its_report_is_logged(

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from moescope.app import state
+from moescope.app.views import prompt_rows
 from moescope.probe.storage.store import Store
 
 OpenApp = Callable[..., AppTest]
@@ -367,12 +367,12 @@ def test_prompts_to_evaluate_on_are_drawn_alike_from_every_label(recorded_store:
     frame = Store(recorded_store).query(
         "SELECT prompt_id, label, pair_id, lang FROM prompts WHERE run_id = 'base' ORDER BY ALL"
     )
-    drawn = state.sampled_prompts(frame, 6, seed=0)
+    drawn = prompt_rows.sampled_prompts(frame, 6, seed=0)
     assert drawn["label"].value_counts().to_dict() == {"neutral": 6, "sensitive": 6}
     assert drawn["prompt_id"].is_monotonic_increasing
     assert drawn["pair_id"].value_counts().eq(3).all(), "translations are drawn together"
-    assert len(state.sampled_prompts(frame, 100, seed=0)) == 24
-    others = [state.sampled_prompts(frame, 6, seed=seed) for seed in range(1, 6)]
+    assert len(prompt_rows.sampled_prompts(frame, 100, seed=0)) == 24
+    others = [prompt_rows.sampled_prompts(frame, 6, seed=seed) for seed in range(1, 6)]
     assert any(not other.equals(drawn) for other in others)
 
 
