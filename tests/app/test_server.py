@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,10 +37,12 @@ def empty_store(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def served(store: Path, port: int, cwd: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+def served(
+    store: Path, port: int, *, cwd: Path | None = None, before: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[str]]:
     """A process that serves, once it answers; with what it started, ended for sure."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVE, str(store), str(port)], cwd=cwd, text=True,
+        [*before, sys.executable, "-c", SERVE, str(store), str(port)], cwd=cwd, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
@@ -96,6 +98,14 @@ def test_a_signal_ends_it_cleanly_and_leaves_nothing_behind(
         assert "Traceback" not in output
         assert not any(child.is_running() for child in children)
         assert not answers(port)
+
+
+def test_under_nohup_it_outlives_the_terminal(empty_store: Path) -> None:
+    port = free_port()
+    with served(empty_store, port, before=["nohup"]) as process:
+        os.kill(process.pid, signal.SIGHUP)
+        time.sleep(1)
+        assert process.poll() is None and answers(port)
 
 
 def test_it_listens_on_this_machine_alone(empty_store: Path) -> None:
