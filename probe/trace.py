@@ -41,6 +41,7 @@ from moescope.probe.rows import RecordedBatch, RecordLevel, batch_tables
 from moescope.probe.storage.ingester import start_ingester
 from moescope.probe.storage.runs import RunDescription, begin_run
 from moescope.probe.storage.shards import shard_name, write_shard
+from moescope.probe.storage.store import Store
 
 _PACKAGES = ("moescope", "torch", "transformers", "duckdb", "pyarrow")
 
@@ -77,8 +78,9 @@ class TraceSummary:
 
     Attributes:
         tokens: tokens in the run, rows of the table `tokens`.
-        rows: rows of `routing` (level topk) written by this call.
+        rows: rows of `routing` in the run; 0 at level usage.
         resumed: prompts that an earlier, interrupted call had recorded.
+        seconds, size_bytes: time and shards of this call alone.
     """
 
     run_id: str
@@ -171,11 +173,17 @@ def trace_prompts(
                     progress(resumed + tally.prompts, len(prompts), tally.note)
             point.folder.finish()
             ingester.wait_until_done(announce=announce)
+    # Counted in the store: after a resume this call's own tally is only a part of the run.
+    counted = Store(store).query(
+        "SELECT (SELECT count(*) FROM tokens WHERE run_id = $run) AS tokens, "
+        "(SELECT count(*) FROM routing WHERE run_id = $run) AS rows",
+        {"run": run},
+    )
     return TraceSummary(
         run_id=run,
         prompts=len(prompts),
-        tokens=tally.tokens,
-        rows=tally.rows,
+        tokens=int(counted["tokens"].item()),
+        rows=int(counted["rows"].item()),
         resumed=resumed,
         seconds=time.monotonic() - tally.started,
         size_bytes=tally.size_bytes,

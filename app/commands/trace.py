@@ -158,6 +158,6 @@ def run_trace(arguments: TraceArguments) -> None:
     resumed = f" ({summary.resumed:,} of them earlier)" if summary.resumed else ""
     console.say(
         f"run {summary.run_id!r}: {summary.prompts:,} prompts{resumed}, {summary.tokens:,} tokens, "
-        f"{summary.rows:,} routing rows in {console.duration(summary.seconds)}, "
-        f"{summary.size_bytes / 1e6:.1f} MB of shards; in {arguments.store}"
+        f"{summary.rows:,} routing rows in {arguments.store}; this took "
+        f"{console.duration(summary.seconds)} and {summary.size_bytes / 1e6:.1f} MB of shards"
     )

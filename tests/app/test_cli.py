@@ -146,6 +146,8 @@ def test_a_killed_run_resumes_to_the_same_tables(model_folder: Path, tmp_path: P
     resumed = moescope(*command(killed))
     assert resumed.returncode == 0, resumed.stderr
     assert "of them earlier" in resumed.stderr
+    totals = f"{len(expected['tokens']):,} tokens, {len(expected['routing']):,} routing rows"
+    assert totals in resumed.stderr
     assert snapshot(killed) == expected
     assert not killed.with_name("killed.duckdb.shards").exists()
 
