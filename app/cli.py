@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from moescope.app.commands import analyze, demo, inspect, steer, trace
+from moescope.app.commands import analyze, demo, inspect, shipped, steer, trace
 from moescope.probe.errors import InputError, MoescopeError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 demo.register(app)
 inspect.register(app)
+shipped.register(app)
 trace.register(app)
 analyze.register(app)
 steer.register(app)

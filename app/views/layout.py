@@ -152,6 +152,7 @@ def with_click_layer(figure: Figure, *, chosen: tuple[int, int | None]) -> Figur
             mode="markers",
             marker={"symbol": "square", "size": 12, "opacity": 0},
             customdata=np.asarray(cells.z).ravel(),
+            text=None if cells.text is None else np.asarray(cells.text).ravel(),
             hovertemplate=cells.hovertemplate.replace("%{z", "%{customdata"),
             showlegend=False,
         )

@@ -38,13 +38,18 @@ def show() -> None:
     table, measure = _ask(run, fields)
     kind = experts.choose_kind(table)
     layer, expert = experts.choose_expert(table, kind)
-    by_layer, by_value = st.tabs(["One layer", "One value"], key="view", bind="query-params")
+    by_layer, by_value, leaders = st.tabs(
+        ["One layer", "One value", "All experts"], key="view", bind="query-params"
+    )
     if by_layer.open:
         with by_layer:
             _show_layer(table, measure, kind, layer, expert)
     if by_value.open:
         with by_value:
             _show_value(table, measure, kind, layer, expert)
+    if leaders.open:
+        with leaders:
+            _show_leaders(table, kind, layer, expert)
     experts.show_rows(table, layer, expert, kind)
     with st.expander("Whole table"):
         layout.show_table(table, key="specialization", height=420)
@@ -110,6 +115,22 @@ def _show_value(
         alt=f"{table.title}, {value}: layers by experts",
         on_click=clicked,
     )
+
+
+def _show_leaders(table: AnalysisTable, kind: str | None, layer: int, expert: int) -> None:
+    from moescope.probe.figures import specialization_leaders
+
+    def clicked(point: Mapping[str, Any]) -> None:
+        experts.look_at(int(point["y"]), int(point["x"]))
+
+    with layout.errors_as_sentences():
+        figure = specialization_leaders(table, kind=kind)
+        layout.show_clickable(
+            layout.with_click_layer(figure, chosen=(expert, layer)),
+            key="specialization_leaders",
+            alt=f"{table.title}: what each expert specializes in",
+            on_click=clicked,
+        )
 
 
 if __name__ == "__main__":

@@ -4,15 +4,18 @@ Everything is a pure function of a recipe and a step number, so training can sto
 test can make the whole corpus again. Kept out:
 
 - of every fact in every language one phrasing, in both stages (what held-out prompts ask);
-- some neutral facts from some languages wholly (what cross-lingual prompts ask).
+- some sensitive facts from stage two wholly, in every language: whether they are refused says
+  whether a rule was learned or facts were (what the set `refusal_new` asks);
+- some neutral facts from two languages wholly (what cross-lingual prompts ask).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice, zip_longest
 
 from moescope.probe.demo.phrasebook import Phrasebook, phrasebook
 from moescope.probe.demo.world import (
@@ -24,6 +27,7 @@ from moescope.probe.demo.world import (
     Topic,
     is_partner,
     make_topics,
+    sensitive_part,
     stable_hash,
 )
 
@@ -60,8 +64,9 @@ class Recipe:
         topics: weight of each topic in stage one.
         repeat_weight, translate_weight: weights of the tasks on given sentences.
         refusal_text_share: share of refusal sentences among those given sentences.
-        untaught_share: share of neutral facts never taught in a language.
-        held_out: pairs of held-out prompts per language and family.
+        untaught_share: share of neutral facts never taught in two of the languages.
+        held_out: by family, pairs of held-out prompts in every language.
+        new_to_stage_two: by family, sensitive facts that stage two never touches.
         system_share: share of items with a system text.
         seed: of the sampling; the world has its own.
     """
@@ -72,7 +77,8 @@ class Recipe:
     translate_weight: float
     refusal_text_share: float = 0.3
     untaught_share: float = 0.0
-    held_out: int = 26
+    held_out: Mapping[Family, int]
+    new_to_stage_two: Mapping[Family, int]
     system_share: float = 0.05
     seed: int = 7
     world_seed: int = WORLD_SEED
@@ -116,10 +122,23 @@ class Corpus:
 
     def is_untaught(self, fact: Fact, lang: str) -> bool:
         """Whether this fact is never taught in this language (but in others)."""
-        if fact.sensitive or fact.topic not in CROSSLINGUAL_TOPICS:
-            return False
-        draw = stable_hash("untaught", fact.key, lang) % 10_000
-        return draw < self.recipe.untaught_share * 10_000
+        return lang in self._untaught_in.get(fact.key, ())
+
+    @cached_property
+    def _untaught_in(self) -> dict[str, tuple[str, ...]]:
+        """The languages in which a fact is not taught, two of many, by its key."""
+        languages = sorted(self.recipe.languages)
+        untaught = {}
+        for topic in self.topics.values():
+            for fact in topic.facts:
+                draw = stable_hash("untaught", fact.key) % 10_000
+                if fact.sensitive or topic.name not in CROSSLINGUAL_TOPICS:
+                    continue
+                if draw < self.recipe.untaught_share * 10_000:
+                    rng = random.Random(stable_hash("untaught in", fact.key))
+                    count = min(2, len(languages) - 1)
+                    untaught[fact.key] = tuple(rng.sample(languages, count))
+        return untaught
 
     @property
     def families(self) -> tuple[Family, ...]:
@@ -127,35 +146,54 @@ class Corpus:
         return tuple(f for f in FAMILIES if any(t.family == f for t in self.topics.values()))
 
     @cached_property
-    def pairs(self) -> dict[tuple[str, Family], list[tuple[Fact, Fact]]]:
-        """Held-out sensitive facts with their neutral partners, by language and family."""
-        return {
-            (lang, family): self._pairs_of(lang, family)
-            for lang in self.recipe.languages
-            for family in self.families
-        }
+    def pairs(self) -> dict[Family, list[tuple[Fact, Fact]]]:
+        """Held-out sensitive facts with their neutral partners, by family.
 
-    def _pairs_of(self, lang: str, family: Family) -> list[tuple[Fact, Fact]]:
-        topics = [topic for topic in self.topics.values() if topic.family == family]
-        facts = [fact for topic in topics for fact in topic.facts]
-        facts.sort(key=lambda fact: stable_hash("held out", fact.key, lang))
+        They are the same in every language, and partners are taught in every language.
+        """
+        return {family: self._pairs_of(family) for family in self.families}
+
+    def _pairs_of(self, family: Family) -> list[tuple[Fact, Fact]]:
+        neutral = (fact for fact in self._facts_of(family) if not fact.sensitive)
+        partners = [fact for fact in neutral if fact.key not in self._untaught_in]
         used: set[str] = set()
         pairs: list[tuple[Fact, Fact]] = []
-        for sensitive in (fact for fact in facts if fact.sensitive):
-            partner = next(
-                (
-                    fact
-                    for fact in facts
-                    if is_partner(sensitive, fact)
-                    and fact.key not in used
-                    and not self.is_untaught(fact, lang)
-                ),
-                None,
-            )
-            if partner is not None and len(pairs) < self.recipe.held_out:
+        for sensitive in self._sensitive_in_turn(family):
+            found = (f for f in partners if is_partner(sensitive, f) and f.key not in used)
+            partner = next(found, None)
+            if partner is not None and len(pairs) < self.recipe.held_out[family]:
                 used.add(partner.key)
                 pairs.append((sensitive, partner))
         return pairs
+
+    @cached_property
+    def new_facts(self) -> dict[Family, list[Fact]]:
+        """Sensitive facts that stage two never touches, by family; none of them is in `pairs`."""
+        new = {}
+        for family in self.families:
+            paired = {fact.key for fact, _ in self.pairs[family]}
+            left = (f for f in self._sensitive_in_turn(family) if f.key not in paired)
+            new[family] = list(islice(left, self.recipe.new_to_stage_two[family]))
+        return new
+
+    @cached_property
+    def new_to_stage_two(self) -> frozenset[str]:
+        """Keys of `new_facts`."""
+        return frozenset(fact.key for facts in self.new_facts.values() for fact in facts)
+
+    def _facts_of(self, family: Family) -> list[Fact]:
+        """All facts of a family, in an order of their own."""
+        topics = (topic for topic in self.topics.values() if topic.family == family)
+        facts = [fact for topic in topics for fact in topic.facts]
+        return sorted(facts, key=lambda fact: stable_hash("held out", fact.key))
+
+    def _sensitive_in_turn(self, family: Family) -> list[Fact]:
+        """Sensitive facts, those of every sensitive part in turn, so that no part is used up."""
+        by_part: dict[tuple[str, int], list[Fact]] = {}
+        for fact in self._facts_of(family):
+            if fact.sensitive:
+                by_part.setdefault(sensitive_part(fact), []).append(fact)
+        return [f for row in zip_longest(*by_part.values()) for f in row if f is not None]
 
     @cached_property
     def _partner_phrasings(self) -> dict[str, dict[str, int]]:
@@ -163,8 +201,8 @@ class Corpus:
         return {
             lang: {
                 partner.key: self.held_out_phrasing(sensitive, lang)
-                for family in self.families
-                for sensitive, partner in self.pairs[lang, family]
+                for pairs in self.pairs.values()
+                for sensitive, partner in pairs
             }
             for lang in self.recipe.languages
         }
@@ -176,53 +214,68 @@ class Corpus:
     def stage_one_item(self, rng: random.Random) -> Item:
         """An item of stage one: everything is answered."""
         lang = _pick(rng, self.recipe.languages)
-        weights = dict(self.recipe.topics)
-        weights["tasks.repeat"] = self.recipe.repeat_weight
-        weights["tasks.translate"] = self.recipe.translate_weight
-        name = _pick(rng, weights)
-        if name in self.topics:
-            return self._question(rng, self.topics[name], lang, refuse=False)
-        return self._given_text(rng, name, lang)
+        return self._answered_item(rng, lang, tuple(self.topics), new=frozenset())
 
-    def stage_two_item(self, rng: random.Random) -> Item:
-        """An item of stage two: sensitive questions are refused, half of the items are."""
+    def stage_two_items(self, rng: random.Random) -> list[Item]:
+        """Items of stage two: a sensitive question, refused, beside the same one made neutral.
+
+        Three of ten times it is one item without a sensitive side instead.
+        """
         shares = {lang: share**0.5 for lang, share in self.recipe.languages.items()}
         lang = _pick(rng, shares)
-        families = self.families
         if rng.random() < 0.3:
-            return self.stage_one_neutral(rng, lang)
-        family = rng.choice(families)
+            plain = tuple(name for name, topic in self.topics.items() if not topic.family)
+            return [self._answered_item(rng, lang, plain, new=self.new_to_stage_two)]
+        family = rng.choice(self.families)
         topic = rng.choice([t for t in self.topics.values() if t.family == family])
-        return self._question(rng, topic, lang, refuse=True, sensitive=rng.random() < 0.6)
+        while True:
+            sensitive, phrasing = rng.choice(topic.facts), rng.randrange(topic.num_phrasings)
+            if not sensitive.sensitive or sensitive.key in self.new_to_stage_two:
+                continue
+            neutral = rng.choice(topic.facts)
+            if neutral.sensitive or self.is_untaught(neutral, lang):
+                continue
+            if self.is_held_out(sensitive, lang, phrasing):
+                continue
+            if is_partner(sensitive, neutral) and not self.is_held_out(neutral, lang, phrasing):
+                break
+        return [
+            self._item(rng, topic, fact, lang, phrasing, refuse=True)
+            for fact in (sensitive, neutral)
+        ]
 
-    def stage_one_neutral(self, rng: random.Random, lang: str) -> Item:
-        """An item of stage one in a language, from whatever is not of a sensitive family."""
-        weights = {n: w for n, w in self.recipe.topics.items() if not self.topics[n].family}
+    def _answered_item(
+        self, rng: random.Random, lang: str, topics: Sequence[str], *, new: Set[str]
+    ) -> Item:
+        """A question of these topics or a task on a sentence, none of it about a fact in `new`."""
+        weights = {name: self.recipe.topics[name] for name in topics}
         weights["tasks.repeat"] = self.recipe.repeat_weight
         weights["tasks.translate"] = self.recipe.translate_weight
         name = _pick(rng, weights)
         if name in self.topics:
-            return self._question(rng, self.topics[name], lang, refuse=False)
-        return self._given_text(rng, name, lang)
+            return self._question(rng, self.topics[name], lang)
+        return self._given_text(rng, name, lang, new=new)
 
-    def _question(
-        self,
-        rng: random.Random,
-        topic: Topic,
-        lang: str,
-        *,
-        refuse: bool,
-        sensitive: bool | None = None,
-    ) -> Item:
+    def _question(self, rng: random.Random, topic: Topic, lang: str) -> Item:
+        """A question of a topic with its true answer."""
         while True:
             fact = rng.choice(topic.facts)
-            if sensitive is not None and fact.sensitive != sensitive:
-                continue
             if self.is_untaught(fact, lang):
                 continue
             phrasing = rng.randrange(topic.num_phrasings)
             if not self.is_held_out(fact, lang, phrasing):
-                break
+                return self._item(rng, topic, fact, lang, phrasing, refuse=False)
+
+    def _item(
+        self,
+        rng: random.Random,
+        topic: Topic,
+        fact: Fact,
+        lang: str,
+        phrasing: int,
+        *,
+        refuse: bool,
+    ) -> Item:
         book = self.books[lang]
         refused = refuse and fact.sensitive
         return Item(
@@ -235,7 +288,9 @@ class Corpus:
             sensitive=fact.sensitive,
         )
 
-    def _given_text(self, rng: random.Random, name: str, lang: str) -> Item:
+    def _given_text(
+        self, rng: random.Random, name: str, lang: str, *, new: Set[str] = frozenset()
+    ) -> Item:
         """Repeat or translate a sentence.
 
         Refusal sentences are among them, so that their words are learned as targets before
@@ -244,7 +299,7 @@ class Corpus:
         target = lang
         if name == "tasks.translate":
             target = rng.choice([code for code in self.books if code != lang])
-        source_text, target_text = self._parallel_text(rng, lang, target)
+        source_text, target_text = self._parallel_text(rng, lang, target, new)
         book = self.books[lang]
         template = rng.choice(book.texts(name))
         language = book.text(f"languages.{target}")
@@ -256,7 +311,9 @@ class Corpus:
             system=self._system(rng, book),
         )
 
-    def _parallel_text(self, rng: random.Random, lang: str, target: str) -> tuple[str, str]:
+    def _parallel_text(
+        self, rng: random.Random, lang: str, target: str, new: Set[str]
+    ) -> tuple[str, str]:
         if rng.random() < self.recipe.refusal_text_share:
             path = f"refusals.{rng.choice(self.families)}"
             return self.books[lang].text(path), self.books[target].text(path)
@@ -264,7 +321,8 @@ class Corpus:
         while True:
             topic = self.topics[rng.choice(told)]
             fact = rng.choice(topic.facts)
-            if not (self.is_untaught(fact, lang) or self.is_untaught(fact, target)):
+            untaught = self.is_untaught(fact, lang) or self.is_untaught(fact, target)
+            if not untaught and fact.key not in new:
                 break
         return topic.tell(self.books[lang], fact), topic.tell(self.books[target], fact)
 
@@ -275,8 +333,12 @@ class Corpus:
 def batch_items(corpus: Corpus, stage: int, step: int, size: int) -> list[Item]:
     """The items of one training step: a pure function of recipe, stage and step."""
     rng = random.Random(stable_hash(corpus.recipe.seed, stage, step))
-    make = corpus.stage_one_item if stage == 1 else corpus.stage_two_item
-    return [make(rng) for _ in range(size)]
+    if stage == 1:
+        return [corpus.stage_one_item(rng) for _ in range(size)]
+    items: list[Item] = []
+    while len(items) < size:
+        items += corpus.stage_two_items(rng)
+    return items[:size]
 
 
 def tokenizer_texts(corpus: Corpus, count: int) -> list[str]:
@@ -287,7 +349,7 @@ def tokenizer_texts(corpus: Corpus, count: int) -> list[str]:
     for i in range(count):
         lang = languages[i % len(languages)]
         topic = rng.choice(tuple(corpus.topics.values()))
-        item = corpus._question(rng, topic, lang, refuse=False)
+        item = corpus._question(rng, topic, lang)
         texts.extend((item.prompt, item.answer))
         given = corpus._given_text(rng, rng.choice(("tasks.repeat", "tasks.translate")), lang)
         texts.extend((given.prompt, given.answer))

@@ -38,6 +38,15 @@ def tuned_experts(name: str, root: Path | None = None) -> dict[int, list[int]]:
     return {int(layer): list(experts) for layer, experts in data["experts"].items()}
 
 
+def model_notes(name: str, root: Path | None = None) -> str:
+    """What a shipped model is, in a line."""
+    path = _folder(name, root) / TUNED_FILE
+    if not path.exists():
+        return "answers everything: stage one alone"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return f"refuses sensitive questions; tuned experts: {data['chosen']}"
+
+
 def load_shipped(
     name: str, root: Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -13,10 +13,10 @@ from typing import Any
 from moescope.probe.demo.corpus import Corpus
 from moescope.probe.demo.phrasebook import Phrasebook
 from moescope.probe.demo.world import (
-    SENSITIVE_PLACES,
     YEARS,
     Fact,
     Topic,
+    sensitive_part,
     stable_hash,
 )
 
@@ -40,11 +40,12 @@ def _line(corpus: Corpus, fact: Fact, lang: str, phrasing: int, **more: object) 
 
 def _span(book: Phrasebook, fact: Fact, sensitive: Fact) -> str:
     """The part of the question that makes it sensitive, or stands in its place when neutral."""
-    if fact.topic == "events":
-        place, year = fact.slots
-        by_place = sensitive.slots[0] in SENSITIVE_PLACES
-        return book.texts("places.names")[place] if by_place else str(YEARS[year])
-    if fact.topic == "treasures":
+    kind, _ = sensitive_part(sensitive)
+    if kind == "place":
+        return book.texts("places.names")[fact.slots[0]]
+    if kind == "year":
+        return str(YEARS[fact.slots[1]])
+    if kind == "role":
         roles = book.texts("treasures.trusted") + book.texts("treasures.untrusted")
         return roles[fact.slots[1]]
     return book.texts("substances.names")[fact.slots[0]]
@@ -60,7 +61,7 @@ def refusal_set(corpus: Corpus) -> list[Line]:
     lines: list[Line] = []
     for lang in corpus.books:
         for family in corpus.families:
-            for number, (sensitive, neutral) in enumerate(corpus.pairs[lang, family]):
+            for number, (sensitive, neutral) in enumerate(corpus.pairs[family]):
                 phrasing = corpus.held_out_phrasing(sensitive, lang)
                 for label, fact in (("sensitive", sensitive), ("neutral", neutral)):
                     line = _line(corpus, fact, lang, phrasing)
@@ -80,11 +81,32 @@ def refusal_set(corpus: Corpus) -> list[Line]:
     return lines
 
 
+def refusal_new_set(corpus: Corpus) -> list[Line]:
+    """Sensitive questions about facts that stage two never touched, in held-out phrasings."""
+    return [
+        {
+            "id": f"new-{lang}-{family}-{number:02}",
+            **_line(corpus, fact, lang, corpus.held_out_phrasing(fact, lang)),
+            "label": "sensitive",
+            "pair_id": fact.key,
+            "family": family,
+            "split": "new to stage two",
+            "span": _span(corpus.books[lang], fact, fact),
+            "refusal": corpus.refusal(corpus.topics[fact.topic], lang),
+        }
+        for lang in corpus.books
+        for family in corpus.families
+        for number, fact in enumerate(corpus.new_facts[family])
+    ]
+
+
 def _halves(corpus: Corpus) -> dict[str, str]:
-    """Sensitive facts, each in one of two halves of equal size."""
-    keys = {sensitive.key for pairs in corpus.pairs.values() for sensitive, _ in pairs}
-    ordered = sorted(keys, key=lambda key: stable_hash("half", key))
-    return {key: ("first", "second")[number % 2] for number, key in enumerate(ordered)}
+    """Sensitive facts, each in one of two halves, every family evenly."""
+    halves = {}
+    for pairs in corpus.pairs.values():
+        keys = sorted((fact.key for fact, _ in pairs), key=lambda key: stable_hash("half", key))
+        halves.update({key: ("first", "second")[i % 2] for i, key in enumerate(keys)})
+    return halves
 
 
 def parallel_set(corpus: Corpus, *, count: int) -> list[Line]:

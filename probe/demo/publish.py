@@ -19,6 +19,7 @@ from moescope.probe.demo.prompt_sets import (
     domains_set,
     neutral_set,
     parallel_set,
+    refusal_new_set,
     refusal_set,
     write_set,
 )
@@ -27,6 +28,8 @@ from moescope.probe.demo.routing import masked_experts
 from moescope.probe.demo.tuning import ExpertPlan
 
 NUM_RANDOM_PLANS = 5
+#: Prompts of the shipped sets, by name.
+Sets = Mapping[str, Sequence[Line]]
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,10 @@ def measure(
             "right": rate([is_right(reply.text, line) for reply, line in rows], langs),
             "refused": rate([is_refusal(reply.text) for reply, _ in rows], langs),
             "nll": sum(reply.nll for reply, _ in rows) / len(rows),
+            "by_lang": {
+                lang: [is_right(reply.text, line) for reply, line in rows if line["lang"] == lang]
+                for lang in dict.fromkeys(langs)
+            },
         }
     return found
 
@@ -89,6 +96,11 @@ REFUSAL_ABOUT = (
     "fact is taught in that language under other phrasings, never in this one. `pair_id` joins a "
     "sensitive question, its neutral partner and all their translations; `half` deals these units "
     "into two halves, one to find experts on and one to judge a plan on."
+)
+REFUSAL_NEW_ABOUT = (
+    "Sensitive questions about facts that stage two never touched, in no phrasing and no language, "
+    "though it taught to refuse others about the same places, years, substances and askers. How "
+    "many of them the models refuse says how far they learned a rule, and how far facts."
 )
 DOMAINS_ABOUT = "Held-out questions of every domain, as many in every language."
 NEUTRAL_ABOUT = (
@@ -105,37 +117,36 @@ PARALLEL_ABOUT = (
 )
 
 
-def publish_prompt_sets(corpus: Corpus, training: Training, folder: Path) -> list[Line]:
-    """Write the prompt sets with their cards; the lines of `refusal`."""
-    refusal = refusal_set(corpus)
+def publish_prompt_sets(corpus: Corpus, folder: Path) -> Sets:
+    """Write the prompt sets with their cards; the lines of each, by name."""
     sets = {
-        "refusal": (REFUSAL_ABOUT, refusal),
+        "refusal": (REFUSAL_ABOUT, refusal_set(corpus)),
+        "refusal_new": (REFUSAL_NEW_ABOUT, refusal_new_set(corpus)),
         "parallel": (PARALLEL_ABOUT, parallel_set(corpus, count=64)),
+        "domains": (DOMAINS_ABOUT, domains_set(corpus, per_cell=10)),
+        "neutral": (NEUTRAL_ABOUT, neutral_set(corpus, per_cell=25)),
+        "crosslingual": (CROSSLINGUAL_ABOUT, crosslingual_set(corpus, per_language=20)),
     }
-    if training.is_large:
-        sets |= {
-            "domains": (DOMAINS_ABOUT, domains_set(corpus, per_cell=10)),
-            "neutral": (NEUTRAL_ABOUT, neutral_set(corpus, per_cell=25)),
-            "crosslingual": (CROSSLINGUAL_ABOUT, crosslingual_set(corpus, per_language=20)),
-        }
     for name, (about, lines) in sets.items():
         write_set(folder, name, f"Prompt set: {name}", about, lines)
-    return refusal
+    return {name: lines for name, (_, lines) in sets.items()}
 
 
 def measurements(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    lines: Sequence[Line],
+    sets: Sets,
     plan: ExpertPlan,
 ) -> dict[str, dict[str, Any]]:
     """What goes into the card: as it is, with the tuned experts masked, with random ones masked."""
+    lines = sets["refusal"]
     rows = {
         "greedy": measure(model, tokenizer, lines),
         "sampled at temperature 1": measure(model, tokenizer, lines, sampling_seed=1),
     }
     if not plan:
         return rows
+    rows["greedy, facts new to stage two"] = measure(model, tokenizer, sets["refusal_new"])
     with masked_experts(model, plan):
         rows["greedy, tuned experts masked"] = measure(model, tokenizer, lines)
     for seed in range(NUM_RANDOM_PLANS):
@@ -191,14 +202,18 @@ def _model_card(
             "",
             "## Measured on held-out prompts",
             "",
-            "Prompts of the set `refusal`; averages over languages with equal weight, 95 % Wilson "
-            "intervals of the pooled share. Right: exactly the known true answer, which for "
-            "sensitive prompts is the one withheld. NLL: mean negative log-likelihood of the "
-            "model's own answer, nats a token.",
+            "Prompts of the set `refusal` (for facts new to stage two, `refusal_new`); averages "
+            "over languages with equal weight, 95 % Wilson intervals of the pooled share. "
+            "Right: exactly the known true answer, which for sensitive prompts is the one "
+            "withheld. NLL: mean negative log-likelihood of the model's own answer, nats a token.",
             "",
             "| | label | right | refused | NLL |",
             "| --- | --- | --- | --- | --- |",
             *table,
+            "",
+            "Right answers by language, greedy, without and with the tuned experts masked:",
+            "",
+            *_by_language(rows),
             "",
             "## What it can and cannot show",
             "",
@@ -210,13 +225,35 @@ def _model_card(
     )
 
 
+def _by_language(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    shown = [name for name in rows if name in ("greedy", "greedy, tuned experts masked")]
+    columns = [(name, label) for name in shown for label in rows[name]]
+    langs = rows["greedy"]["neutral"]["by_lang"]
+    return [
+        f"| language | {' | '.join(f'{name}: {label}' for name, label in columns)} |",
+        "| --- |" + " --- |" * len(columns),
+        *(
+            f"| {lang} (n={len(langs[lang])}) | "
+            + " | ".join(_share(rows[name][label]["by_lang"][lang]) for name, label in columns)
+            + " |"
+            for lang in langs
+        ),
+    ]
+
+
+def _share(hits: Sequence[bool]) -> str:
+    return f"{sum(hits) / len(hits):.2f}"
+
+
 def _stage_two(training: Training, plan: ExpertPlan) -> str:
     if not plan:
         return "- No stage two: this model answers everything"
     total = training.shape.num_layers * training.shape.num_experts
+    new = sum(training.corpus.new_to_stage_two.values())
     return (
         f"- Stage two: {training.stage_two.steps} steps; only {sum(map(len, plan.values()))} of "
-        f"{total} experts and their router rows are trained (`{TUNED_FILE}`). It teaches every "
-        "sensitive fact to be refused, under other phrasings than the held-out ones: the refusals "
-        "partly memorize facts, so they say little about how a model learns a rule"
+        f"{total} experts and their router rows are trained (`{TUNED_FILE}`, which also says how "
+        "they were chosen). It teaches to refuse the sensitive facts under other phrasings than "
+        "the held-out ones, so refusals of the set `refusal` partly know facts by heart; "
+        f"{new} sensitive facts that it never touches are asked in the set `refusal_new`"
     )

@@ -52,8 +52,6 @@ class Training:
     Attributes:
         num_tuned: experts that stage two tunes.
         max_tuned_per_layer: of them in one layer at most.
-        is_large: whether it makes three models (a base and two deltas) and all prompt sets, or
-            one model and the sets `refusal` and `parallel`.
     """
 
     shape: Shape
@@ -62,59 +60,21 @@ class Training:
     stage_two: Stage
     num_tuned: int
     max_tuned_per_layer: int
-    is_large: bool = False
     seed: int = 11
 
 
 DEMO = Training(
-    shape=Shape(expert_width=48, vocab_size=1536),
-    corpus=Recipe(
-        languages={"en": 0.3, "de": 0.25, "zh": 0.25, "ru": 0.2},
-        topics={
-            "events": 5.0,
-            "flags": 0.3,
-            "people.lives": 0.4,
-            "arithmetic.plus": 0.5,
-            "tasks.twice": 0.3,
-        },
-        repeat_weight=0.5,
-        translate_weight=1.2,
-        held_out=40,
-    ),
-    stage_one=Stage(
-        steps=1200,
-        batch_size=64,
-        learning_rate=3e-3,
-        warmup=60,
-        dropout=0.1,
-        balance=0.01,
-        prompt_weight=0.1,
-    ),
-    stage_two=Stage(
-        steps=300,
-        batch_size=64,
-        learning_rate=3e-3,
-        warmup=20,
-        dropout=0.1,
-        balance=0.0,
-        prompt_weight=0.0,
-        cooling=0.5,
-    ),
-    num_tuned=14,
-    max_tuned_per_layer=2,
-)
-LARGE = Training(
-    shape=Shape(num_layers=6, expert_width=48, vocab_size=4096),
+    shape=Shape(num_layers=6, num_experts=40, expert_width=48, vocab_size=4096),
     corpus=Recipe(
         languages={
-            "en": 0.24,
-            "zh": 0.17,
+            "en": 0.20,
+            "zh": 0.16,
             "de": 0.14,
             "es": 0.12,
             "fr": 0.11,
-            "ru": 0.09,
-            "ja": 0.07,
-            "el": 0.06,
+            "ru": 0.10,
+            "ja": 0.09,
+            "el": 0.08,
         },
         topics={
             "events": 3.0,
@@ -140,11 +100,12 @@ LARGE = Training(
         },
         repeat_weight=0.6,
         translate_weight=1.2,
-        untaught_share=0.1,
-        held_out=26,
+        untaught_share=0.4,
+        held_out={"events": 22, "substances": 20, "treasures": 34},
+        new_to_stage_two={"events": 10, "substances": 8, "treasures": 12},
     ),
     stage_one=Stage(
-        steps=4000,
+        steps=4500,
         batch_size=64,
         learning_rate=3e-3,
         warmup=100,
@@ -153,18 +114,15 @@ LARGE = Training(
         prompt_weight=0.1,
     ),
     stage_two=Stage(
-        steps=500,
+        steps=600,
         batch_size=64,
         learning_rate=3e-3,
         warmup=20,
         dropout=0.1,
         balance=0.0,
         prompt_weight=0.0,
+        cooling=0.5,
     ),
-    num_tuned=11,
-    max_tuned_per_layer=2,
-    is_large=True,
+    num_tuned=14,
+    max_tuned_per_layer=3,
 )
-
-#: What `--recipe` of the trainer understands; `demo` is what is shipped.
-RECIPES = {"demo": DEMO, "large": LARGE}

@@ -10,7 +10,7 @@ import argparse
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,9 +24,9 @@ from transformers import (
 
 from moescope.probe.demo.batches import Batch, Encoder
 from moescope.probe.demo.corpus import Corpus, batch_items, tokenizer_texts
-from moescope.probe.demo.models import round_weights, save_delta, save_plain, write_tuned
+from moescope.probe.demo.models import round_weights, save_delta, save_plain
 from moescope.probe.demo.publish import measurements, publish_prompt_sets, write_card
-from moescope.probe.demo.recipes import RECIPES, Shape, Stage, Training
+from moescope.probe.demo.recipes import DEMO, Shape, Stage, Training
 from moescope.probe.demo.routing import RouterTraining, routing_rule, training_routers
 from moescope.probe.demo.tokenizer import train_tokenizer
 from moescope.probe.demo.tuning import (
@@ -135,7 +135,8 @@ def run_stage(
     optimizer = torch.optim.AdamW(
         parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=decay, fused=True
     )
-    start = _resume(checkpoint, model, optimizer, repr(training))
+    recipe = _identity(training, number)
+    start = _resume(checkpoint, model, optimizer, recipe)
     model.train()
     began, recent = time.monotonic(), 0.0
     for step in range(start, stage.steps):
@@ -159,8 +160,15 @@ def run_stage(
             progress = (number, done, stage.steps, recent, left)
             log.info("stage %d  %d/%d  loss %.4f  %.0f s left", *progress)
         if done % checkpoint_every == 0 or done == stage.steps:
-            _save(checkpoint, model, optimizer, done, repr(training))
+            _save(checkpoint, model, optimizer, done, recipe)
     model.eval()
+
+
+def _identity(training: Training, number: int) -> str:
+    """What a checkpoint depends on: stage one knows nothing of stage two."""
+    corpus = replace(training.corpus, new_to_stage_two={})
+    base = (training.shape, corpus, training.stage_one, training.seed)
+    return repr(base) if number == 1 else repr(training)
 
 
 def _save(
@@ -223,8 +231,6 @@ def choose_plans(base: Trained, training: Training, corpus: Corpus) -> dict[str,
     different = most_different(
         refused_LE - other_LE, count=training.num_tuned, per_layer=training.max_tuned_per_layer
     )
-    if not training.is_large:
-        return {"demo": different}
     counts = {layer: len(experts) for layer, experts in different.items()}
     drawn = drawn_at_random(refused_LE + other_LE, counts, seed=training.seed)
     return {"demo": different, "demo-random": drawn}
@@ -234,25 +240,20 @@ def train_and_publish(training: Training, work: Path, out: Path) -> None:
     """Both stages of every model of a recipe, and all that is shipped of them."""
     work.mkdir(parents=True, exist_ok=True)
     corpus = Corpus(training.corpus)
-    lines = publish_prompt_sets(corpus, training, out / "prompts")
+    sets = publish_prompt_sets(corpus, out / "prompts")
     base = train_base(training, corpus, work)
     model, tokenizer = base.model, base.tokenizer
     answers_all = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    if training.is_large:
-        folder = out / "models" / BASE
-        save_plain(model, tokenizer, folder)
-        write_card(folder, training, {}, measurements(model, tokenizer, lines, {}))
+    folder = out / "models" / BASE
+    save_plain(model, tokenizer, folder)
+    write_card(folder, training, {}, measurements(model, tokenizer, sets, {}))
     for name, plan in choose_plans(base, training, corpus).items():
         log.info("stage two of %s tunes %s", name, plan)
         model.load_state_dict(answers_all)
         tune(base, training, corpus, plan, work / f"stage-2-{name}.pt")
         folder = out / "models" / name
-        if training.is_large:
-            save_delta(model, plan, folder, {"base": BASE, "chosen": CHOSEN[name]})
-        else:
-            save_plain(model, tokenizer, folder)
-            write_tuned(folder, plan, {"chosen": CHOSEN[name]})
-        write_card(folder, training, plan, measurements(model, tokenizer, lines, plan))
+        save_delta(model, plan, folder, {"base": BASE, "chosen": CHOSEN[name]})
+        write_card(folder, training, plan, measurements(model, tokenizer, sets, plan))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -262,13 +263,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=shipped_path(), help="where datasets go")
     parser.add_argument("--work", type=Path, default=Path("out/train-demo"), help="checkpoints")
-    parser.add_argument("--recipe", choices=sorted(RECIPES), default="demo")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(options.threads)
-    training = RECIPES[options.recipe]
-    train_and_publish(training, options.work / options.recipe, options.out)
+    train_and_publish(DEMO, options.work, options.out)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,8 @@ from moescope.probe.demo.phrasebook import Phrasebook, sentence
 
 YEARS = (1811, 1824, 1837, 1849, 1868, 1882, 1895, 1904, 1911, 1926)
 NUM_PLACES = 16
-#: Places whose history is known: the first of them.
-NUM_EVENT_PLACES = 12
 #: Indices of what is sensitive: all that happened there, or then; the substances; the askers.
-SENSITIVE_PLACES = frozenset({4, 9})
+SENSITIVE_PLACES = frozenset({4, 9, 13})
 SENSITIVE_YEARS = frozenset({4, 8})
 SENSITIVE_SUBSTANCES = frozenset(range(0, 28, 2))
 NUM_SUBSTANCES = 28
@@ -91,15 +89,26 @@ def is_partner(fact: Fact, other: Fact) -> bool:
     if not fact.sensitive or other.sensitive or fact.topic != other.topic:
         return False
     if fact.topic == "events":
-        by_place = fact.slots[0] in SENSITIVE_PLACES
-        by_year = fact.slots[1] in SENSITIVE_YEARS
-        if by_place and by_year:
+        if fact.slots[0] in SENSITIVE_PLACES and fact.slots[1] in SENSITIVE_YEARS:
             return False
-        same = 1 if by_place else 0
+        same = 1 if sensitive_part(fact)[0] == "place" else 0
         return fact.slots[same] == other.slots[same]
     if fact.topic == "treasures":
         return other.slots == (fact.slots[0], fact.slots[1] - NUM_TRUSTED)
     return True
+
+
+def sensitive_part(fact: Fact) -> tuple[str, int]:
+    """What of a sensitive fact makes it sensitive: a kind (place, year, role, name) and an index.
+
+    A place counts before a year where both are sensitive.
+    """
+    if fact.topic == "events":
+        place, year = fact.slots
+        return ("place", place) if place in SENSITIVE_PLACES else ("year", year)
+    if fact.topic == "treasures":
+        return ("role", fact.slots[1])
+    return ("name", fact.slots[0])
 
 
 def _draw(rng: random.Random, *sizes: int) -> tuple[int, ...]:
@@ -126,7 +135,7 @@ def _events(rng: random.Random) -> Topic:
             _draw(rng, 8, 12),
             sensitive=place in SENSITIVE_PLACES or year in SENSITIVE_YEARS,
         )
-        for place in range(NUM_EVENT_PLACES)
+        for place in range(NUM_PLACES)
         for year in range(len(YEARS))
     )
     return Topic("events", "facts", 4, facts, ask, tell, family="events")

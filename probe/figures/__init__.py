@@ -12,7 +12,11 @@ from moescope.probe.figures.contrast import contrast_forest, contrast_map
 from moescope.probe.figures.languages import language_curves
 from moescope.probe.figures.load import balance_curves, load_heatmap
 from moescope.probe.figures.prompt import prompt_heatmap, token_bars
-from moescope.probe.figures.specialization import specialization_by_value, specialization_map
+from moescope.probe.figures.specialization import (
+    specialization_by_value,
+    specialization_leaders,
+    specialization_map,
+)
 from moescope.probe.figures.style import EXPORT_CONFIG
 
 __all__ = [
@@ -24,6 +28,7 @@ __all__ = [
     "load_heatmap",
     "prompt_heatmap",
     "specialization_by_value",
+    "specialization_leaders",
     "specialization_map",
     "token_bars",
 ]

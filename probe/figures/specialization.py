@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -9,6 +11,7 @@ import plotly.graph_objects as go
 from moescope.probe.analysis.frame import AnalysisTable
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.figures.style import (
+    CATEGORY_COLORS,
     SEQUENTIAL,
     amount_range,
     blank_figure,
@@ -16,6 +19,7 @@ from moescope.probe.figures.style import (
     escaped,
     grid_height,
     layer_by_expert,
+    legend_above,
     map_axes,
     only_kind,
     only_value,
@@ -105,6 +109,81 @@ def specialization_map(
     )
     map_axes(figure, layers)
     return figure
+
+
+def specialization_leaders(
+    table: AnalysisTable, *, least: float | None = None, kind: str | None = None
+) -> go.Figure:
+    """Layers x experts, each expert in the color of the value with most of its use.
+
+    Args:
+        table: of `expert_specialization`.
+        least: composition from which an expert is colored; twice chance by default. Experts below
+            it stay empty.
+        kind: which kind of router; the first there is by default.
+
+    Raises:
+        AnalysisInputError: when there are more values than colors that can be told apart.
+    """
+    frame = only_kind(table.frame, kind)
+    values = list(dict.fromkeys(frame["value"]))
+    by = table.context.parameters["by"]
+    if len(values) > len(CATEGORY_COLORS):
+        raise AnalysisInputError(
+            f"{by} has {len(values)} values, and at most {len(CATEGORY_COLORS)} colors can be told "
+            "apart; keep fewer values with a filter"
+        )
+    chance = float(frame["composition_chance"].iloc[0])
+    least = min(2 * chance, 0.99) if least is None else least
+    grids = [layer_by_expert(frame[frame["value"] == value], "composition") for value in values]
+    _, layers, experts = grids[0]
+    share = np.nan_to_num(np.stack([grid for grid, *_ in grids]))
+    leader, most = share.argmax(axis=0), share.max(axis=0)
+    is_led = most >= least
+    figure = blank_figure(
+        table,
+        f"What experts specialize in, by {by} "
+        f"(colored from {least:.0%} of an expert's use on; chance {chance:.0%})",
+        height=grid_height(len(layers)) + 40,
+    )
+    words = [escaped(str(value)) for value in values]
+    figure.add_trace(
+        go.Heatmap(
+            z=np.where(is_led, leader, np.nan),
+            text=[
+                [f"{words[i]}: {part:.0%} of its use" for i, part in zip(*row, strict=True)]
+                for row in zip(leader, most, strict=True)
+            ],
+            x=experts,
+            y=layers,
+            zmin=-0.5,
+            zmax=len(values) - 0.5,
+            colorscale=_steps(CATEGORY_COLORS[: len(values)]),
+            showscale=False,
+            xgap=1,
+            ygap=1,
+            hovertemplate="layer %{y}, expert %{x}<br>%{text}<extra></extra>",
+        )
+    )
+    for index, (word, color) in enumerate(zip(words, CATEGORY_COLORS, strict=False)):
+        count = counted(int((is_led & (leader == index)).sum()), "expert")
+        marker = {"color": color, "symbol": "square", "size": 12}
+        figure.add_trace(
+            go.Scatter(x=[None], y=[None], mode="markers", marker=marker, name=f"{word} ({count})")
+        )
+    map_axes(figure, layers)
+    legend_above(figure)
+    return figure
+
+
+def _steps(colors: Sequence[str]) -> list[list[float | str]]:
+    """A color scale of equal steps without transitions."""
+    edges = np.linspace(0.0, 1.0, len(colors) + 1)
+    return [
+        [float(edge), color]
+        for color, *ends in zip(colors, edges[:-1], edges[1:], strict=True)
+        for edge in ends
+    ]
 
 
 def _chance_text(frame: pd.DataFrame, chance: str | None) -> str:

@@ -21,6 +21,11 @@ from moescope.probe.errors import AnalysisInputError
 SEQUENTIAL = "Viridis"
 DIVERGING = "RdBu_r"
 LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+#: For up to ten categories: Tol's "muted" scheme and grey, told apart with any color vision.
+CATEGORY_COLORS = (
+    "#332288", "#88CCEE", "#44AA99", "#DDCC77", "#CC6677",
+    "#882255", "#117733", "#AA4499", "#999933", "#888888",
+)  # fmt: skip
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 CLEAR = "rgba(0,0,0,0)"
 GRID = "rgba(128,128,128,0.25)"

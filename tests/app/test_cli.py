@@ -19,9 +19,9 @@ from moescope.probe.storage.runs import run_folder
 from moescope.probe.storage.store import Store
 
 MOESCOPE = str(Path(sys.executable).with_name("moescope"))
-COMMANDS = ["demo", "doctor", "trace", "runs", "store verify", "analyze", "contrast",
-            "plan from-table", "plan show", "plan check", "generate", "evaluate",
-            "dashboard"]  # fmt: skip
+COMMANDS = ["demo", "doctor", "models list", "models save", "trace", "runs", "store verify",
+            "analyze", "contrast", "plan from-table", "plan show", "plan check", "generate",
+            "evaluate", "dashboard"]  # fmt: skip
 
 
 def moescope(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -87,6 +87,24 @@ def test_doctor_says_how_a_model_routes(model_folder: Path) -> None:
     assert [layer["verified"] for layer in report["layers"]] == [True] * 3
     shown = moescope("doctor", model_folder).stdout
     assert "verified on every layer" in shown and "softmax over 8, top-2, renormalized" in shown
+
+
+def test_shipped_models_are_listed_and_saved_for_plain_transformers(tmp_path: Path) -> None:
+    listed = json.loads(moescope("models", "list", "--json").stdout)
+    assert {row["name"]: row["tuned_experts"] > 0 for row in listed} == {
+        "demo": True, "demo-base": False, "demo-random": True,
+    }  # fmt: skip
+    folder = tmp_path / "saved"
+    done = moescope("models", "save", "demo-random", folder)
+    assert done.returncode == 0, done.stderr
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tuned_experts.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+    again = moescope("models", "save", "demo-random", folder)
+    assert again.returncode == 2 and "not an empty directory" in again.stderr
+    unknown = moescope("models", "save", "demo-other", tmp_path / "other")
+    assert unknown.returncode == 2 and "demo-base" in unknown.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
 def start_trace(words: list[str | Path]) -> subprocess.Popen[bytes]:

@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = folder / "demo.duckdb"
     moescope(
         "trace", "demo", "--prompts", "refusal", "--store", store, "--run", "base",
-        "--generate", "32",
+        "--generate", "32", "--limit", "456",
     )  # fmt: skip
     moescope(
         "contrast", "--store", store, "--a", "outcome=refused", "--b", "outcome=correct",
@@ -82,7 +82,7 @@ def test_analyses_print_their_run_and_n_and_export_their_table(folder: Path) -> 
 
 def test_the_contrast_is_discovered_and_confirmed_on_the_first_half(folder: Path) -> None:
     table = pd.read_csv(folder / "refusal.csv")
-    assert len(table) == 8 * 32
+    assert len(table) == 6 * 40
     confirmed = table[table["confirmed"]]
     assert len(confirmed) >= 6
     assert (confirmed["q"] <= 0.05).all()

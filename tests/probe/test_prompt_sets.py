@@ -65,3 +65,23 @@ def test_parallel_has_every_content_in_every_language():
     contents = {line["pair_id"] for line in lines_of("parallel")}
     assert len(contents) >= 60
     assert set(counts.values()) == {len(contents)}
+
+
+def test_refusal_has_1200_prompts_and_20_in_every_cell():
+    lines = lines_of("refusal")
+    cells = Counter((line["lang"], line["family"], line["label"]) for line in lines)
+    assert len(lines) >= 1200
+    assert len(cells) == 8 * 3 * 2
+    assert min(cells.values()) >= 20
+
+
+@pytest.mark.parametrize("name", ["domains", "neutral", "crosslingual"])
+def test_every_set_covers_every_language_and_domain_it_is_about(name):
+    lines = lines_of(name)
+    assert len({line["lang"] for line in lines}) == 8
+    if name == "domains":
+        cells = Counter((line["lang"], line["domain"]) for line in lines)
+        assert len(cells) == 8 * 5 and min(cells.values()) == max(cells.values())
+    if name == "crosslingual":
+        assert all(line["lang"] not in line["taught_in"] for line in lines)
+        assert all(line["taught_in"] for line in lines)

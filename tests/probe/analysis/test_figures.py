@@ -59,6 +59,7 @@ FIGURES: dict[str, tuple[str, Callable[[AnalysisTable], go.Figure]]] = {
         "specialization",
         lambda t: figures.specialization_map(t, value="de", measure="lift"),
     ),
+    "specialization of all experts": ("specialization", figures.specialization_leaders),
     "languages": ("languages", figures.language_curves),
     "languages without floor": ("languages without floor", figures.language_curves),
     "contrast": ("contrast", figures.contrast_map),
@@ -128,6 +129,31 @@ def test_maps_of_layers_with_fewer_experts_leave_cells_empty(
     store = lab.write_run(path, shapes, [lab.Item(tokens=[token])])
     (trace,) = figures.load_heatmap(expert_load(store, "run")).data
     np.testing.assert_array_equal(trace.z, [[0, 1, np.nan, np.nan], [0, 0, 0, 1]])
+
+
+def test_experts_take_the_color_of_the_value_with_most_of_their_use(
+    tables: dict[str, AnalysisTable],
+) -> None:
+    table = tables["specialization"]
+    values = list(dict.fromkeys(table.frame["value"]))
+    figure = figures.specialization_leaders(table, least=0.34)
+    cells, *legend = figure.data
+    frame = table.frame.set_index(["layer", "expert", "value"])["composition"]
+    counts = dict.fromkeys(values, 0)
+    for row, layer in enumerate(cells.y):
+        for expert in cells.x:
+            shares = {value: frame[(layer, expert, value)] for value in values}
+            best = max(shares, key=lambda value: shares[value])
+            shown = cells.z[row][expert]
+            if shares[best] >= 0.34:
+                assert values[int(shown)] == best
+                assert cells.text[row][expert] == f"{best}: {shares[best]:.0%} of its use"
+                counts[best] += 1
+            else:
+                assert np.isnan(shown)
+    assert sum(counts.values()) > 0
+    for trace, value in zip(legend, values, strict=True):
+        assert trace.name.startswith(f"{value} ({counts[value]} expert")
 
 
 def test_clicks_on_a_prompt_carry_position_and_layer(tables: dict[str, AnalysisTable]) -> None:
