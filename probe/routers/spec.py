@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -12,10 +12,11 @@ from moescope.kernels.route import RoutingRule
 
 
 class RouterOutput(NamedTuple):
-    """What the routers of the supported families return, in this order.
+    """What one call of a router decided, in one form for all families.
 
     Attributes:
-        logits: raw router logits, float[T, E].
+        logits: what the rule starts from, float[T, E]: raw logits, or probabilities where the
+            rule's score is `probabilities`.
         weights: routing weights as used, float[T, K].
         expert_ids: selected experts, int64[T, K], in the router's own order.
     """
@@ -25,23 +26,59 @@ class RouterOutput(NamedTuple):
     expert_ids: Tensor
 
 
+class RouterForm(Protocol):
+    """How the routers of some families hand over what they decided, and how to change it.
+
+    T is the number of rows that passed the router: tokens, padding included.
+    """
+
+    def read(self, site: RouterSite, args: tuple[Any, ...], output: Any) -> RouterOutput:
+        """The decision in what the router module returned; nothing is selected again."""
+        ...
+
+    def write(
+        self, site: RouterSite, args: tuple[Any, ...], output: Any, weights: Tensor, ids: Tensor
+    ) -> Any:
+        """The router's output with another selection, weights float[T, K'], ids int64[T, K']."""
+        ...
+
+    def arrived(
+        self, site: RouterSite, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Ids and weights in the experts' inputs, or None where they cannot be read there.
+
+        It is a second source beside `read`, so nothing of the router may be used.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class RouterSpec:
     """How the routers of one family are found and read.
 
     Attributes:
-        family: transformers' `model_type`.
+        family: transformers' `model_type` of the whole model or of its text part.
         router_class: class name of the router module.
+        read_rule: reads the selection rule from the live router, the block around it, and the
+            text configuration, in this order of trust; raises UnknownRoutingError naming what it
+            cannot read.
+        form: how the router hands over its decision.
         experts_name: attribute of the router's parent that holds the routed experts.
         shared_name: attribute of the parent that holds shared experts, if any.
-        read_rule: reads the selection rule from the live router module.
+        bias: finds the live selection bias tensor float[E], where the rule has one.
+        kind: kind of the routed layer, from the router's module name.
+        record_only: why routers of this family can be recorded but not steered, if so.
     """
 
     family: str
     router_class: str
-    read_rule: Callable[[nn.Module], RoutingRule]
+    read_rule: Callable[[nn.Module, nn.Module, Any], RoutingRule]
+    form: RouterForm
     experts_name: str = "experts"
     shared_name: str | None = None
+    bias: Callable[[nn.Module, nn.Module], Tensor | None] | None = None
+    kind: Callable[[str], str] = lambda name: "mlp"
+    record_only: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +109,25 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class RouterSite:
-    """A routed layer of a live model: what it is, its router, and its routed experts."""
+    """A routed layer of a live model.
+
+    Attributes:
+        info: what it is.
+        router: the module whose output is the decision.
+        experts: the module that gets the decision; the block itself where there is none.
+        block: the module around both.
+        form: how the router hands over its decision.
+        find_bias: gives the live selection bias float[E]; None where the rule has none.
+    """
 
     info: LayerInfo
     router: nn.Module
     experts: nn.Module
+    block: nn.Module
+    form: RouterForm
+    find_bias: Callable[[], Tensor | None] = field(default=lambda: None)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The selection bias of this moment, float[E], or None."""
+        return self.find_bias()
