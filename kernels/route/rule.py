@@ -63,7 +63,11 @@ class RoutingRule:
         scale_in_block: whether that factor is applied in the block, after the experts, so that
             the weights which the router returns are without it.
         arithmetic: dtype of the scores: `float32`, or `native`, that of the logits.
-        weight_dtype: dtype of the returned weights: `logits`, that of the logits, or `float32`.
+        weight_dtype: dtype of the returned weights: `logits`, that of the logits, or by name
+            (where logits are float32 and weights return to the hidden states' dtype).
+        sorted_ids: whether top-k is called sorted; unsorted ids come in another order from K = 3.
+        divided_by_top_k: whether the weights are divided by K at the end (OpenAI's privacy filter,
+            whose block multiplies by K again).
         num_zero_experts: of the E, the last ones that compute nothing (identity), Z.
         has_skip: whether class E - 1 means that no expert is used (Zaya).
         jitter: threshold of `sparsemixer`.
@@ -84,7 +88,9 @@ class RoutingRule:
     scale: float = 1.0
     scale_in_block: bool = False
     arithmetic: Literal["float32", "native"] = "float32"
-    weight_dtype: Literal["logits", "float32"] = "logits"
+    weight_dtype: Literal["logits", "float32", "bfloat16", "float16"] = "logits"
+    sorted_ids: bool = True
+    divided_by_top_k: bool = False
     num_zero_experts: int = 0
     has_skip: bool = False
     jitter: float = 0.0

@@ -36,6 +36,14 @@ class RouterForm(Protocol):
         """The decision in what the router module returned; nothing is selected again."""
         ...
 
+    def inputs(self, site: RouterSite, args: tuple[Any, ...], output: Any) -> dict[str, Tensor]:
+        """What `select` needs beside logits and rule, by the name of its keyword argument.
+
+        `bias_E`, and where the rule needs them `table_ids_TK`, `shared_logits_TS` and
+        `expert_scale_E` (Gemma 4's per_expert_scale; Inkling's global_scale expanded to [E]).
+        """
+        ...
+
     def write(
         self, site: RouterSite, args: tuple[Any, ...], output: Any, weights: Tensor, ids: Tensor
     ) -> Any:
