@@ -11,12 +11,13 @@ import copy
 import importlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from moescope.probe.errors import ModelInputError
 from moescope.probe.zoo.recipes import DEFAULT, RECIPES, Recipe
 from moescope.probe.zoo.sizes import FIRST_PLAIN_TOKEN, SIZES, TOP_K, VOCABULARY
+from moescope.probe.zoo.wholes import WHOLES
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
 #: Rows and tokens per row of the inputs.
 INPUT_SHAPE = (2, 13)
+
+#: The variant of a family's whole model, with encoders of other modalities.
+_WHOLE = "whole"
+#: Rows of the variants whose inputs say of each token whether it is of another modality, and how.
+_MODALITY_INPUTS = {"ernie4_5_vl_moe+vision": "moe_mm_token_type_ids"}
 
 #: Ends of the names of tensors that are added to scores or logits for selection.
 _BIASES = ("correction_bias", "expert_bias", "balancing_biases")
@@ -49,8 +55,13 @@ class TinyModel:
     inputs: dict[str, Tensor]
 
 
-def recipe_of(family: str) -> tuple[Recipe, Mapping[str, Any]]:
-    """The recipe of a family or `family+variant`, and the configuration fields it asks for.
+def variants_of(name: str) -> tuple[str, ...]:
+    """The second ways in which a family's model can be built, `whole` the model around it."""
+    return (*RECIPES[name].variants, *((_WHOLE,) if name in WHOLES else ()))
+
+
+def recipe_of(family: str) -> Recipe:
+    """The recipe of a family or of `family+variant`, as one without variants.
 
     Raises:
         ModelInputError: no recipe, or no such variant.
@@ -59,12 +70,11 @@ def recipe_of(family: str) -> tuple[Recipe, Mapping[str, Any]]:
     recipe = RECIPES.get(name)
     if recipe is None:
         raise ModelInputError(f"there is no tiny configuration of the family {name!r}")
-    if not variant:
-        return recipe, recipe.fields
-    if variant not in recipe.variants:
-        known = ", ".join(recipe.variants) if recipe.variants else "none"
+    if variant and variant not in variants_of(name):
+        known = ", ".join(variants_of(name)) or "none"
         raise ModelInputError(f"family {name!r} has no variant {variant!r} (it has: {known})")
-    return recipe, {**recipe.fields, **recipe.variants[variant]}
+    changes = recipe.variants.get(variant, {})
+    return replace(recipe, fields={**recipe.fields, **changes}, variants={})
 
 
 def tiny_model(family: str, *, dtype: torch.dtype | None = None, seed: int = 0) -> TinyModel:
@@ -81,23 +91,45 @@ def tiny_model(family: str, *, dtype: torch.dtype | None = None, seed: int = 0) 
     """
     import torch
 
-    recipe, changes = recipe_of(family)
-    name = family.partition("+")[0]
-    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-    model_class = getattr(module, recipe.model_class)
-    config = _config(model_class.config_class, changes)
+    recipe = recipe_of(family)
+    model_class, config = _class_and_config(family, recipe)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class._from_config(config, dtype=dtype or torch.float32).eval()
         _keep_in_float32(model, dtype)
         _set_what_training_sets(model)
-        rows, length = INPUT_SHAPE
-        names = ("input_ids", "decoder_input_ids")
-        inputs = {
-            name: torch.randint(FIRST_PLAIN_TOKEN, VOCABULARY, (rows, length))
-            for name in names[: 2 if recipe.inputs == "encoder_decoder" else 1]
-        }
+        inputs = _inputs(family, recipe)
     return TinyModel(family, model, inputs)
+
+
+def _inputs(family: str, recipe: Recipe) -> dict[str, Tensor]:
+    """Random inputs of the model's forward."""
+    import torch
+
+    names = ("input_ids", "decoder_input_ids")[: 2 if recipe.inputs == "encoder_decoder" else 1]
+    inputs = {name: torch.randint(FIRST_PLAIN_TOKEN, VOCABULARY, INPUT_SHAPE) for name in names}
+    if family in _MODALITY_INPUTS:
+        inputs[_MODALITY_INPUTS[family]] = torch.randint(0, 2, INPUT_SHAPE)
+    return inputs
+
+
+def _class_and_config(family: str, recipe: Recipe) -> tuple[Any, Any]:
+    name, _, variant = family.partition("+")
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    model_class = getattr(module, recipe.model_class)
+    config = _config(model_class.config_class, recipe.fields)
+    if variant != _WHOLE:
+        return model_class, config
+    whole = WHOLES[name]
+    model_class = getattr(module, whole.model_class)
+    parts = model_class.config_class.sub_configs
+    fields_of_parts = {
+        part: _config(parts[part], changes) if changes is not None else None
+        for part, changes in whole.parts.items()
+    }
+    return model_class, model_class.config_class(
+        text_config=config, **fields_of_parts, **copy.deepcopy(dict(whole.fields))
+    )
 
 
 def _config(config_class: Any, changes: Mapping[str, Any]) -> Any:

@@ -34,6 +34,8 @@ class Recipe:
 
 
 _ALTERNATING = ["linear_attention", "full_attention", "linear_attention"]
+
+
 _GROUPED = {"topk_method": "group_limited_greedy"}
 
 RECIPES: Final[dict[str, Recipe]] = {
@@ -109,6 +111,7 @@ RECIPES: Final[dict[str, Recipe]] = {
                 "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2],
             },
         },
+        variants={"vision": {}},
     ),
     "exaone_moe": Recipe("ExaoneMoeForCausalLM"),
     "flex_olmo": Recipe("FlexOlmoForCausalLM"),
@@ -213,7 +216,9 @@ RECIPES: Final[dict[str, Recipe]] = {
     "qwen3_moe": Recipe("Qwen3MoeForCausalLM", variants={"nonorm": {"norm_topk_prob": False}}),
     "qwen3_next": Recipe("Qwen3NextForCausalLM", {"layer_types": _ALTERNATING}),
     "qwen3_omni_moe": Recipe("Qwen3OmniMoeThinkerTextModel"),
-    "qwen3_vl_moe": Recipe("Qwen3VLMoeTextModel"),
+    "qwen3_vl_moe": Recipe(
+        "Qwen3VLMoeTextModel",
+    ),
     "qwen4_exp": Recipe(
         "Qwen4ExpForCausalLM",
         {
@@ -223,7 +228,9 @@ RECIPES: Final[dict[str, Recipe]] = {
         },
     ),
     "solar_open": Recipe("SolarOpenForCausalLM"),
-    "step3p7": Recipe("Step3p7TextModel"),
+    "step3p7": Recipe(
+        "Step3p7TextModel",
+    ),
     "switch_transformers": Recipe(
         "SwitchTransformersForConditionalGeneration",
         {

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moescope.probe.errors import ModelInputError
+from moescope.probe.zoo.build import variants_of
 from moescope.probe.zoo.recipes import RECIPES
 
 #: In the code of every family with routed experts, and of few others.
@@ -61,9 +62,8 @@ def families() -> list[Family]:
 
 
 def _family(name: str) -> Family:
-    recipe = RECIPES.get(name)
-    if recipe is not None:
-        return Family(name, tuple(recipe.variants))
+    if name in RECIPES:
+        return Family(name, variants_of(name))
     return Family(name, reason=NOT_ROUTED.get(name, "no tiny configuration of it is known yet"))
 
 
