@@ -16,7 +16,12 @@ from typing import Literal
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus", "identity", "probabilities"]
 #: Where the routing weights of the K selected experts come from.
 Weights = Literal[
-    "score", "softmax_topk", "sigmoid_topk", "sparsemixer", "logsigmoid_shared", "scaled_probability"
+    "score",
+    "softmax_topk",
+    "sigmoid_topk",
+    "sparsemixer",
+    "logsigmoid_shared",
+    "scaled_probability",
 ]
 
 
@@ -53,12 +58,13 @@ class RoutingRule:
             `sparsemixer`: Phi-3.5-MoE; `logsigmoid_shared`: Inkling, normalized together with the
             shared experts; `scaled_probability`: Gemma 4, times a factor per expert after
             renormalization.
-        selection_bias: `none`, or what the router's bias tensor is added to for choosing:
-            `score` (weights stay unbiased) or `logit` (weights are biased too).
+        selection_bias: `none`, or what the router's bias tensor is added to for choosing only:
+            `score`, or `logit` (Kolibri). Weights are always read without it.
         groups: group-limited selection, or None.
         renormalize: whether the K weights are divided by their sum.
         epsilon: of that division: added to the sum, or (`epsilon_is_floor`) its smallest value.
-        norm_order: p of the norm divided by; 1 is the sum (DBRX has others).
+        norm_order: p of the norm that DBRX divides by; None is the plain sum, which rounds
+            otherwise than the 1-norm.
         scale: factor on the weights, after renormalization.
         scale_in_block: whether that factor is applied in the block, after the experts, so that
             the weights which the router returns are without it.
@@ -69,10 +75,12 @@ class RoutingRule:
         divided_by_top_k: whether the weights are divided by K at the end (OpenAI's privacy filter,
             whose block multiplies by K again).
         num_zero_experts: of the E, the last ones that compute nothing (identity), Z.
-        has_skip: whether class E - 1 means that no expert is used (Zaya).
+        has_skip: whether class E - 1 means that no expert is used (Zaya); such a slot is
+            returned as expert 0 with weight 0.
         jitter: threshold of `sparsemixer`.
         from_table: whether ids come from a table by token id instead of the scores (hash layers).
-        capacity: tokens an expert takes per sequence before others are dropped, or None.
+        capacity: tokens an expert takes per sequence (Switch); a token beyond is returned as
+            expert 0 with weight 0.
     """
 
     num_experts: int
@@ -84,7 +92,7 @@ class RoutingRule:
     groups: Groups | None = None
     epsilon: float = 0.0
     epsilon_is_floor: bool = False
-    norm_order: float = 1.0
+    norm_order: float | None = None
     scale: float = 1.0
     scale_in_block: bool = False
     arithmetic: Literal["float32", "native"] = "float32"
@@ -114,6 +122,56 @@ class RoutingRule:
 
     @property
     def description(self) -> str:
-        """The rule in a few words, for people."""
+        """The rule in a few words, for people: what decides who is chosen and with what weight."""
+        if self.from_table:
+            chosen = f"{self.top_k} of {self.num_experts} from a table by token id"
+        else:
+            chosen = f"{self._score_in_words}, top-{self.top_k} of {self.num_experts}"
+        if self.groups is not None:
+            groups = self.groups
+            best = "two best" if groups.score == "top2_sum" else "best"
+            chosen += f" within {groups.kept} of {groups.count} groups by their {best}"
+            chosen += " (others count as 0)" if groups.fill == "0" else ""
+        parts = [chosen, self._weights_in_words, *self._extras_in_words()]
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def _score_in_words(self) -> str:
+        names = {"identity": "logits", "sqrtsoftplus": "sqrt-softplus"}
+        name = "logits" if self.weights == "sparsemixer" else names.get(self.score, self.score)
+        if self.selection_bias == "none":
+            return name
+        return f"{name} plus bias" if self.selection_bias == "score" else f"{name} of biased logits"
+
+    @property
+    def _weights_in_words(self) -> str:
+        after = {
+            "softmax_topk": "softmax of the chosen",
+            "sigmoid_topk": "sigmoid of the chosen",
+            "sparsemixer": "sparse-mixer weights",
+            "logsigmoid_shared": "log-sigmoid weights normalized with the shared experts",
+            "score": "",
+            "scaled_probability": "",
+        }[self.weights]
+        if self.weights in ("sparsemixer", "logsigmoid_shared", "softmax_topk"):
+            return after + (" renormalized" if self.renormalize else "")
         tail = "renormalized" if self.renormalize else "not renormalized"
-        return f"{self.score} over {self.num_experts}, top-{self.top_k}, {tail}"
+        if self.renormalize and self.norm_order not in (None, 1.0):
+            tail = f"divided by their {self.norm_order:g}-norm"
+        if self.weights == "scaled_probability":
+            tail += ", times a factor per expert"
+        return f"{after} {tail}".strip()
+
+    def _extras_in_words(self) -> list[str]:
+        extras = []
+        if self.scale != 1.0:
+            extras.append(
+                f"times {self.scale:g}" + (" in the block" if self.scale_in_block else "")
+            )
+        if self.num_zero_experts:
+            extras.append(f"the last {self.num_zero_experts} compute nothing")
+        if self.has_skip:
+            extras.append("the last class skips the experts")
+        if self.capacity is not None:
+            extras.append(f"at most {self.capacity} tokens an expert and sequence")
+        return extras
