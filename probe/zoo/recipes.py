@@ -36,6 +36,7 @@ class Recipe:
 _ALTERNATING = ["linear_attention", "full_attention", "linear_attention"]
 
 
+_SLIDING_THEN_FULL = ["sliding_attention", "sliding_attention", "full_attention"]
 _GROUPED = {"topk_method": "group_limited_greedy"}
 
 RECIPES: Final[dict[str, Recipe]] = {
@@ -93,7 +94,10 @@ RECIPES: Final[dict[str, Recipe]] = {
         },
         variants={"hash": {"mlp_layer_types": ["hash_moe", "hash_moe", "moe"]}},
     ),
-    "diffusion_gemma": Recipe("DiffusionGemmaEncoderTextModel", {"global_head_dim": 16}),
+    "diffusion_gemma": Recipe(
+        "DiffusionGemmaEncoderTextModel",
+        {"global_head_dim": 16, "layer_types": _SLIDING_THEN_FULL},
+    ),
     "doge": Recipe(
         "DogeForCausalLM", {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 4}
     ),
@@ -120,7 +124,7 @@ RECIPES: Final[dict[str, Recipe]] = {
         "Gemma4ForCausalLM",
         {
             "enable_moe_block": True, "global_head_dim": 16, "hidden_size_per_layer_input": 8,
-            "vocab_size_per_layer_input": 128,
+            "vocab_size_per_layer_input": 128, "layer_types": _SLIDING_THEN_FULL,
         },
     ),
     "glm4_moe": Recipe("Glm4MoeForCausalLM"),
@@ -141,7 +145,7 @@ RECIPES: Final[dict[str, Recipe]] = {
         },
     ),
     "glm_moe_dsa": Recipe("GlmMoeDsaForCausalLM"),
-    "gpt_oss": Recipe("GptOssForCausalLM"),
+    "gpt_oss": Recipe("GptOssForCausalLM", {"max_position_embeddings": DEFAULT}),
     "granitemoe": Recipe("GraniteMoeForCausalLM"),
     "granitemoe_swa": Recipe("GraniteMoeSWAForCausalLM"),
     "granitemoehybrid": Recipe("GraniteMoeHybridForCausalLM", {"layer_types": _ALTERNATING}),
@@ -187,8 +191,10 @@ RECIPES: Final[dict[str, Recipe]] = {
             "index_block_size": 4, "index_topk_blocks": 2, "rotary_dim": 8,
         },
     ),
-    "mistral4": Recipe("Mistral4ForCausalLM"),
-    "mistral_large4": Recipe("MistralLarge4TextModel"),
+    "mistral4": Recipe("Mistral4ForCausalLM", {"max_position_embeddings": DEFAULT}),
+    "mistral_large4": Recipe(
+        "MistralLarge4TextModel", {"max_position_embeddings": DEFAULT}
+    ),
     "mixtral": Recipe("MixtralForCausalLM"),
     "muse_spark": Recipe("MuseSparkTextModel", {"moe_hidden_size": 32}),
     "nemotron_h": Recipe(
@@ -209,7 +215,9 @@ RECIPES: Final[dict[str, Recipe]] = {
         inputs="encoder_decoder",
     ),
     "olmoe": Recipe("OlmoeForCausalLM"),
-    "openai_privacy_filter": Recipe("OpenAIPrivacyFilterForTokenClassification"),
+    "openai_privacy_filter": Recipe(
+        "OpenAIPrivacyFilterForTokenClassification", {"max_position_embeddings": DEFAULT}
+    ),
     "phimoe": Recipe("PhimoeForCausalLM"),
     "qwen2_moe": Recipe("Qwen2MoeForCausalLM"),
     "qwen3_5_moe": Recipe("Qwen3_5MoeForCausalLM", {"layer_types": _ALTERNATING}),

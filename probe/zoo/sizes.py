@@ -38,7 +38,6 @@ SIZES: Final[dict[str, Any]] = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 2,
     "short_conv_kernel_size": 2, "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_chunk_size": 16,
     "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "chunk_size": 16,
-    "use_mamba_kernels": False,
     # routed experts
     "num_experts": NUM_EXPERTS, "num_local_experts": NUM_EXPERTS,
     "n_routed_experts": NUM_EXPERTS, "moe_num_experts": NUM_EXPERTS,
