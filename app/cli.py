@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from moescope.app.commands import analyze, demo, inspect, steer, trace
+from moescope.app.commands import analyze, demo, families, inspect, steer, trace
 from moescope.probe.errors import InputError, MoescopeError
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ inspect.register(app)
 trace.register(app)
 analyze.register(app)
 steer.register(app)
+families.register(app)
 
 
 def _show_version(wanted: bool) -> None:
