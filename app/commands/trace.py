@@ -17,6 +17,7 @@ class Level(StrEnum):
 
     usage = "usage"
     topk = "topk"
+    probs = "probs"
 
 
 class Switch(StrEnum):
@@ -36,6 +37,7 @@ class TraceArguments:
     store: Path
     run: str
     record: str = "topk"
+    norms: bool = False
     generate: int = 0
     sampling: str = "greedy"
     chat_template: str = "auto"
@@ -62,8 +64,18 @@ def register(app: typer.Typer) -> None:
         store: Annotated[Path, typer.Option(help="The DuckDB file; made if it does not exist.")],
         run: Annotated[str, typer.Option(help="The run's name, unique in the store.")],
         record: Annotated[
-            Level, typer.Option(help="Counts per prompt (usage), or every token too (topk).")
+            Level,
+            typer.Option(
+                help="Counts per prompt (usage), every token's experts too (topk), or the "
+                "router's probability of every expert as well (probs)."
+            ),
         ] = Level.topk,
+        norms: Annotated[
+            bool,
+            typer.Option(
+                "--norms", help="Measure the outputs of the selected experts (they run twice)."
+            ),
+        ] = False,
         generate: Annotated[
             int, typer.Option(min=0, help="Tokens to generate after each prompt.")
         ] = 0,
@@ -100,6 +112,7 @@ def register(app: typer.Typer) -> None:
         run_trace(
             TraceArguments(
                 model=model, prompts=prompts, store=store, run=run, record=record.value,
+                norms=norms,
                 generate=generate, sampling=sampling, chat_template=chat_template.value,
                 system=system, layers=layers, tokens_per_batch=tokens_per_batch, device=device,
                 dtype=dtype, limit=limit, skip_bad_lines=skip_bad_lines, keep_shards=keep_shards,
@@ -128,6 +141,7 @@ def run_trace(arguments: TraceArguments) -> None:
 
     options = TraceOptions(
         level=arguments.record,  # type: ignore[arg-type]
+        norms=arguments.norms,
         max_new_tokens=arguments.generate,
         sampling=read_sampling(arguments.sampling),
         chat_template=arguments.chat_template,  # type: ignore[arg-type]
