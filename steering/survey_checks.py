@@ -247,8 +247,8 @@ def scaled(bench: Bench) -> None:
     _require_changed(bench, output, "scaling with renormalization")
     after = arrived[site.info.module]
     if before.weights is not None and after.weights is not None:
-        totals = [one.float().sum(-1) for one in (after.weights, before.weights)]
-        _require_close(bench, site, *totals, "the sums of weights after scaling")
+        sums = [one.float().sum(-1) for one in (after.weights, before.weights)]
+        _require_close(bench, site, sums[0], sums[1], "the sums of weights after scaling")
 
 
 def dropped(bench: Bench) -> None:

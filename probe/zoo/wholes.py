@@ -78,7 +78,7 @@ WHOLES: Final[dict[str, Whole]] = {
                 "downsample_hidden_size": 8, "output_dim": 64, "num_mel_bins": 16,
             },
         },
-        {**_PLACEHOLDERS, "audio_token_id": 3},
+        {**_PLACEHOLDERS, "audio_token_id": 3, "vision_start_token_id": 1},
     ),
     "qwen3_vl_moe": Whole(
         "Qwen3VLMoeForConditionalGeneration",

@@ -19,7 +19,7 @@ from moescope.probe.storage.runs import run_folder
 from moescope.probe.storage.store import Store
 
 MOESCOPE = str(Path(sys.executable).with_name("moescope"))
-COMMANDS = ["demo", "doctor", "trace", "runs", "store verify", "analyze", "contrast",
+COMMANDS = ["demo", "doctor", "families", "trace", "runs", "store verify", "analyze", "contrast",
             "plan from-table", "plan show", "plan check", "generate", "evaluate",
             "dashboard"]  # fmt: skip
 

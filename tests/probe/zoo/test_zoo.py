@@ -16,7 +16,7 @@ from moescope.probe.zoo.wholes import WHOLES
 
 ROWS = [row for family in families() for row in family.rows]
 
-#: Routers and experts by class name; Granite Docling's router picks an image resolution, no expert.
+#: Routers and experts by class name; Granite Docling's router says how finely an image is read.
 CLASSES = re.compile(r"^class \w*(?:Expert|MoE|MOE|Router|TopK|TopkRouter)\w*\(", re.MULTILINE)
 NOT_EXPERTS = {"granite_docling"}
 
