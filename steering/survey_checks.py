@@ -277,23 +277,24 @@ def dropped(bench: Bench) -> None:
 def top_k(bench: Bench) -> None:
     """Every token uses as many experts as asked for: one more, and one fewer."""
     for change in (1, -1):
-        for site in bench.active:
-            if site.info.top_k + change < 1:
-                continue
-            plan = SteeringPlan(
-                interventions=[
-                    Intervention(
-                        action="top_k", layer=site.info.layer, kind=site.info.kind,
-                        value=site.info.top_k + change,
-                    )
-                ]
-            )  # fmt: skip
-            output, arrived = bench.under(plan)
-            counts = counts_of(site, arrived[site.info.module])
+        sites = [site for site in bench.active if site.info.top_k + change > 0]
+        if not sites:
+            continue
+        plan = SteeringPlan(
+            interventions=[
+                Intervention(
+                    action="top_k", layer=site.info.layer, kind=site.info.kind,
+                    value=site.info.top_k + change,
+                )
+                for site in sites
+            ]
+        )  # fmt: skip
+        output, arrived = bench.under(plan)
+        for site in sites:
             wanted = bench.expert_rows(site) * (site.info.top_k + change)
-            got = int(counts.sum())
+            got = int(counts_of(site, arrived[site.info.module]).sum())
             _require(got == wanted, site, f"{got} slots reach its experts, not {wanted}")
-            _require_changed(bench, output, "another number of experts")
+        _require_changed(bench, output, "another number of experts")
 
 
 def top_p(bench: Bench) -> None:
