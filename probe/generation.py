@@ -108,6 +108,9 @@ def generate_batch(
     chance = {"temperature": sampling.temperature, "top_p": sampling.top_p}
     config = GenerationConfig(
         do_sample=sampling.do_sample,
+        # Said outright, because what is left open is taken from the checkpoint: one row a prompt.
+        num_beams=1,
+        num_return_sequences=1,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends) or None,
         pad_token_id=bundle.tokenizer.pad_token_id,

@@ -34,6 +34,13 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _COARSE_TOLERANCE = 0.05
 
 
+#: How transformers calls experts that can be given one expert a row.
+_CALLED_WITH = (
+    ("hidden_states", "top_k_index", "top_k_weights"),
+    ("hidden_states", "router_indices", "routing_weights"),
+)
+
+
 @dataclass(frozen=True)
 class ExpertNorms:
     """What the selected experts of one layer put out, slot by slot.
@@ -46,7 +53,9 @@ class ExpertNorms:
             the routed block's own norm and r the weighted sum of the experts' outputs, times the
             scaling factor that some families apply in the block; what the model does to r
             afterwards (a norm, a multiplier) is not part of EASY-EP and not applied. Not a number
-            where it cannot be had: experts that work in another width than the residual stream.
+            where it cannot be had: experts that work in another width than the residual stream or
+            on some tokens only, and layers whose residual stream is not what the block's norm reads
+            (several streams that are mixed before it).
     """
 
     output_norm: Tensor
@@ -66,13 +75,18 @@ class ExpertNorms:
         )
 
 
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass now: checkpointing runs layers again there."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 def why_no_norms(site: RouterSite) -> str | None:
     """Why the experts of this layer cannot be run one at a time, or None when they can."""
     if site.experts is site.block:
         return "its experts are fused into the block"
     forward = type(site.experts).forward
     names = list(inspect.signature(forward).parameters)[1:4]
-    if names != ["hidden_states", "top_k_index", "top_k_weights"]:
+    if tuple(names) not in _CALLED_WITH:
         return (
             f"{type(site.experts).__name__} is called with ({', '.join(names)}) instead of hidden "
             "states, expert ids and weights"
@@ -117,7 +131,7 @@ class _Entry:
 
     Attributes:
         block: the layer's direct child that holds the experts.
-        siblings: the layer's other direct children; the block's norm is one of them.
+        siblings: the layer's other children; the block's norm is one of them.
     """
 
     block: nn.Module
@@ -132,14 +146,15 @@ def _entry(
 ) -> _Entry:
     parts = name_of[site.experts].split(".")
     at = max(index for index, part in enumerate(parts) if part.isdigit())
-    layer = ".".join(parts[: at + 1])
-    child = ".".join(parts[: at + 2])
-    siblings = [
-        called_for.get(module, module)
-        for name, module in modules.items()
-        if name.rpartition(".")[0] == layer and name != child and not name.startswith(f"{child}.")
-    ]
-    block = modules[child]
+    layer = modules[".".join(parts[: at + 1])]
+    block = modules[".".join(parts[: at + 2])]
+    siblings: list[nn.Module] = []
+    for child in layer.children():
+        inside = child._modules.get("_original_component", child)
+        if block in (child, inside):
+            continue
+        # Longcat keeps the norms of its two halves in lists.
+        siblings += list(child.children()) if isinstance(child, nn.ModuleList) else [child]
     return _Entry(called_for.get(block, block), tuple(siblings))
 
 
@@ -151,16 +166,20 @@ class NormWatcher:
         self.entry = entry
         self.where = f"layer {site.info.layer} ({site.info.module})"
         self.decided: RouterOutput | None = None
-        self.normed: list[tuple[Tensor, Tensor]] = []
+        self.passed: list[tuple[Tensor | None, tuple[Tensor, ...]]] = []
         self.residual: Tensor | None = None
+        self.block_output: Tensor | None = None
+        self.needs_post_norm = False
         self.received: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
         self.parts: list[ExpertNorms] = []
 
     def forget(self) -> None:
         """Drop everything of the forward that ended."""
         self.decided = None
-        self.normed = []
+        self.passed = []
         self.residual = None
+        self.block_output = None
+        self.needs_post_norm = False
         self.received = None
         self.parts = []
 
@@ -179,10 +198,13 @@ class NormWatcher:
             raise RecordingError(
                 f"{self.where}: the experts were not called, so nothing was measured"
             )
+        change = joined.residual_change
         return {
             "output_norm": joined.output_norm,
             "max_abs": joined.max_abs,
-            "residual_change": joined.residual_change,
+            "residual_change": torch.full_like(change, torch.nan)
+            if self.needs_post_norm
+            else change,
         }
 
     @contextmanager
@@ -193,7 +215,8 @@ class NormWatcher:
             for sibling in self.entry.siblings:
                 stack.callback(sibling.register_forward_hook(self._on_sibling).remove)
             handles = (
-                self.entry.block.register_forward_pre_hook(self._on_block, with_kwargs=True),
+                self.entry.block.register_forward_pre_hook(self._before_block, with_kwargs=True),
+                self.entry.block.register_forward_hook(self._after_block),
                 experts.register_forward_pre_hook(self._before_experts, with_kwargs=True),
                 experts.register_forward_hook(self._after_experts),
             )
@@ -202,25 +225,47 @@ class NormWatcher:
             yield
 
     def _on_sibling(self, _module: nn.Module, args: Any, output: Any) -> None:
-        """A norm gives as much as it takes; what it gave is remembered until the block takes it."""
-        taken = args[0] if args else None
-        if isinstance(taken, Tensor) and isinstance(output, Tensor) and taken.shape == output.shape:
-            self.normed = [*self.normed[-3:], (taken.detach(), output.detach())]
+        """Remember what the layer's other modules took and gave, until the block runs.
 
-    def _on_block(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        A norm gives one tensor of the shape that it took. A norm that takes what the block gave
+        tells that this family norms after the block, and reads the residual stream itself.
+        """
+        taken = args[0] if args and isinstance(args[0], Tensor) else None
+        if taken is not None and self.block_output is not None and _same(taken, self.block_output):
+            self.needs_post_norm = False
+            self.block_output = None
+        given = output if isinstance(output, tuple) else (output,)
+        tensors = tuple(part.detach() for part in given if isinstance(part, Tensor))
+        is_norm = taken is not None and not isinstance(output, tuple) and tensors != ()
+        if is_norm and taken is not None and taken.shape == tensors[0].shape:
+            self.passed = [*self.passed[-3:], (taken.detach(), tensors)]
+        else:
+            self.passed = [*self.passed[-3:], (None, tensors)]
+
+    def _before_block(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
         given = _first_tensor(args, kwargs)
-        self.residual = next(
-            (taken for taken, gave in self.normed if given is not None and _same(gave, given)),
-            None,
-        )
-        if self.residual is None and given is not None:
-            self.residual = given.detach()  # the norm comes after the block in these families
-        self.normed = []
+        source = [
+            taken
+            for taken, gave in self.passed
+            if given is not None and any(_same(part, given) for part in gave)
+        ]
+        self.passed = []
+        if source:
+            self.residual = source[-1]
+        elif given is not None:
+            self.residual = given.detach()
+            self.needs_post_norm = True
+
+    def _after_block(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        given = output[0] if isinstance(output, tuple) else output
+        self.block_output = given.detach() if isinstance(given, Tensor) else None
 
     def _before_experts(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
         self.received = (args, kwargs)
 
     def _after_experts(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if in_backward():
+            return
         received, self.received = self.received, None
         decided, self.decided = self.decided, None
         if received is None or decided is None:
@@ -268,9 +313,13 @@ class NormWatcher:
         experts: Any = self.site.experts
         ones = torch.ones(num_rows * top_k, 1, dtype=dtype, device=hidden_TH.device)
         repeated = hidden_TH.repeat_interleave(top_k, dim=0)
+        ids = ids_TK.reshape(-1, 1)
+        if hasattr(experts, "identity_expert"):
+            # Longcat's experts cannot be called with one slot a row: a second one with weight 0.
+            ids, ones = ids.repeat(1, 2), torch.cat([ones, torch.zeros_like(ones)], dim=1)
         with _without_post_norm(experts) as post_norm:
             # Not `experts(...)`: hooks, ours and others', are for the model's own call.
-            raw = experts.forward(repeated, ids_TK.reshape(-1, 1), ones)
+            raw = experts.forward(repeated, ids, ones)
         out = raw if post_norm is None else post_norm.forward(raw)
         return raw.reshape(num_rows, top_k, -1), out.reshape(num_rows, top_k, -1)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moescope.probe.bridges import plain_modules
 from moescope.probe.errors import RecordingError
-from moescope.probe.norms import ExpertNorms, NormWatcher
+from moescope.probe.norms import ExpertNorms, NormWatcher, in_backward
 from moescope.probe.routers import LayerInfo, RouterOutput, RouterSite
 from moescope.probe.sums import LayerUsage
 from moescope.probe.transfer import to_cpu
@@ -114,7 +114,7 @@ class Recorder:
         info = site.info
 
         def hook(_module: nn.Module, args: Any, output: Any) -> None:
-            if _in_backward():
+            if in_backward():
                 return
             if not self.active:
                 raise RecordingError(
@@ -137,11 +137,11 @@ class Recorder:
         stack_of = {stack.module: stack for stack in self.stacks}
 
         def begins(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if not _in_backward():
+            if not in_backward():
                 self._begin(module, stack_of.get(module), args, kwargs)
 
         def ends(module: nn.Module, _args: Any, output: Any) -> None:
-            if not _in_backward() and self.active[-1:] == [module]:
+            if not in_backward() and self.active[-1:] == [module]:
                 self._end(output, forwards, sums)
 
         with ExitStack() as exits:
@@ -252,11 +252,6 @@ class Recorder:
         }
 
 
-def _in_backward() -> bool:
-    """Whether autograd is running a backward pass now."""
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
 def _where(info: LayerInfo) -> str:
     return f"layer {info.layer} ({info.module})"
 
@@ -317,15 +312,20 @@ def _input_of(named: Mapping[str, Any]) -> _Input | None:
         given = named.get(name)
         if isinstance(given, Tensor) and given.dim() == num_dims:
             shape = (given.shape[0], given.shape[1])
-            return _Input(shape, _token_mask(named.get("attention_mask"), shape))
+            return _Input(shape, _token_mask(named.get("attention_mask"), given))
     return None
 
 
-def _token_mask(attention_mask: Any, shape: tuple[int, int]) -> Tensor | None:
-    """bool[batch * length]: the mask's last columns, which are those of this input."""
+def _token_mask(attention_mask: Any, given: Tensor) -> Tensor | None:
+    """bool[batch * length]: the mask's last columns, which are those of this input.
+
+    Without a mask all of the input is tokens; a mask of another form (4-D, by blocks) is not read.
+    """
+    batch, length = given.shape[0], given.shape[1]
+    if attention_mask is None:
+        return torch.ones(batch * length, dtype=torch.bool, device=given.device)
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return None
-    batch, length = shape
     if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
         return None
     return (attention_mask[:, attention_mask.shape[1] - length :] != 0).reshape(-1)

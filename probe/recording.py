@@ -57,8 +57,8 @@ class LayerTrace:
         info: which layer.
         weights: routing weights as used, float[T, K], in the router's own order.
         expert_ids: selected experts, int64[T, K], in the router's own order.
-        is_token: bool[T], false on padding; None where the model was given no attention mask of
-            shape [batch, length].
+        is_token: bool[T], false on padding; None where that cannot be told: an attention mask of
+            another shape than [batch, length], or routers that see a part of the tokens.
         norms: what the selected experts put out, with `record(norms=True)`.
         bias: the router's selection bias, float[E], or None.
     """

@@ -46,6 +46,7 @@ class TraceArguments:
     tokens_per_batch: int = 4096
     device: str = "auto"
     dtype: str = "auto"
+    device_map: str | None = None
     limit: int | None = None
     skip_bad_lines: bool = False
     keep_shards: bool = False
@@ -92,6 +93,9 @@ def register(app: typer.Typer) -> None:
         ] = 4096,
         device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
         dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+        device_map: Annotated[
+            str | None, typer.Option(help="Spread the model: auto, balanced, sequential.")
+        ] = None,
         limit: Annotated[
             int | None, typer.Option(min=1, help="Only the first so many prompts.")
         ] = None,
@@ -115,7 +119,8 @@ def register(app: typer.Typer) -> None:
                 norms=norms,
                 generate=generate, sampling=sampling, chat_template=chat_template.value,
                 system=system, layers=layers, tokens_per_batch=tokens_per_batch, device=device,
-                dtype=dtype, limit=limit, skip_bad_lines=skip_bad_lines, keep_shards=keep_shards,
+                dtype=dtype, device_map=device_map, limit=limit,
+                skip_bad_lines=skip_bad_lines, keep_shards=keep_shards,
                 trust_remote_code=trust_remote_code,
             )
         )  # fmt: skip
@@ -153,6 +158,7 @@ def run_trace(arguments: TraceArguments) -> None:
         arguments.model,
         device=arguments.device,
         dtype=arguments.dtype,
+        device_map=arguments.device_map,
         trust_remote_code=arguments.trust_remote_code,
     )
     hashes = {str(file.path.name): file.sha256 for file in files}
