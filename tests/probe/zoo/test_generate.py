@@ -16,12 +16,23 @@ from moescope.probe.recording import Trace, record
 from moescope.probe.routers import LayerInfo
 from moescope.probe.scores import ranking_scores
 from moescope.probe.zoo import tiny_model
+from moescope.probe.zoo.recipes import RECIPES
+from moescope.probe.zoo.wholes import WHOLES
 
 TOLERANCE = 1e-5
 NEW_TOKENS = 5
 PROMPT_LENGTHS = (4, 9, 6)
 
-FAMILIES = ["mixtral"]
+#: Models whose own logits depend on padding, so that their routing does too: sparse attention that
+#: counts padding among its best or compressed tokens, scans that run over it, and Doge, which
+#: mixes the scores of different tokens.
+PADDING_MATTERS = [
+    "axk2", "deepseek_v32", "deepseek_v4", "doge", "dots3_note", "minimax_m3_vl", "nemotron_h",
+    "qwen3_5_moe",
+]  # fmt: skip
+GENERATING = [name for name, one in RECIPES.items() if one.model_class.endswith("ForCausalLM")]
+WHOLE = [f"{name}+whole" for name in WHOLES if name not in GENERATING]
+FAMILIES = [name for name in GENERATING + WHOLE if name not in PADDING_MATTERS]
 
 
 def prompts() -> list[Tensor]:
@@ -71,27 +82,35 @@ def compare_layer(
     return int((~same).sum())
 
 
+def padded_generate(model: Any, rows: list[Tensor], **options: Any) -> Any:
+    """Greedy generation of a left-padded batch."""
+    ids, mask = left_padded(rows)
+    return model.generate(
+        ids, attention_mask=mask, do_sample=False, pad_token_id=0, eos_token_id=None,
+        max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, **options,
+    )  # fmt: skip
+
+
+def test_many_families_are_compared() -> None:
+    assert len(FAMILIES) > 50 and len(FAMILIES) == len(set(FAMILIES))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_padded_batch_routes_like_its_prompts_alone(family: str) -> None:
     model: Any = tiny_model(family).model
     rows = prompts()
-    ids, mask = left_padded(rows)
     with record(model) as trace:
-        generated = model.generate(
-            ids, attention_mask=mask, do_sample=False, pad_token_id=0, eos_token_id=None,
-            max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
-        )  # fmt: skip
-    assert generated.shape == (len(rows), ids.shape[1] + NEW_TOKENS)
+        generated = padded_generate(model, rows)
+    longest = max(PROMPT_LENGTHS)
+    assert generated.shape == (len(rows), longest + NEW_TOKENS)
     swapped = tokens = 0
     for number, row in enumerate(rows):
-        answer = generated[number, ids.shape[1] : -1]
+        answer = generated[number, longest:-1]
         with record(model) as alone, torch.no_grad():
             model(input_ids=torch.cat([row, answer])[None])
         assert alone.layers, family
         for info in alone.layers:
-            batched = tuple(
-                one[number, ids.shape[1] - len(row) :] for one in by_sequence(trace, info)
-            )
+            batched = tuple(one[number, longest - len(row) :] for one in by_sequence(trace, info))
             single = tuple(one[0] for one in by_sequence(alone, info))
             found = compare_layer(batched, single, info, alone[info.layer, info.kind].bias)
             swapped, tokens = swapped + found, tokens + len(single[0])
@@ -99,3 +118,18 @@ def test_a_padded_batch_routes_like_its_prompts_alone(family: str) -> None:
         trace.layers
     )
     assert swapped <= tokens // 100, f"{swapped} of {tokens} tokens have another expert"
+
+
+@pytest.mark.parametrize("family", PADDING_MATTERS)
+def test_where_padding_changes_the_model_itself(family: str) -> None:
+    model: Any = tiny_model(family).model
+    rows = prompts()
+    found = padded_generate(model, rows, output_logits=True, return_dict_in_generate=True)
+    gaps = []
+    for number, row in enumerate(rows):
+        answer = found.sequences[number, max(PROMPT_LENGTHS) : -1]
+        with torch.no_grad():
+            alone = model(input_ids=torch.cat([row, answer])[None]).logits[0, len(row) - 1 :]
+        batched = torch.stack([logits[number] for logits in found.logits])
+        gaps.append(float((alone - batched).abs().max()))
+    assert max(gaps) > 1e-4, "padding no longer matters: compare the routing of this family too"
