@@ -8,6 +8,8 @@ that does not fit into memory, is refused before its weights are loaded.
 from __future__ import annotations
 
 import re
+import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,7 +184,10 @@ def _load(
     config = _config(source, options)
     needed = _estimate(source, config, dtype, options)
     _require_fit(source.name, needed, "all" if device_map is not None else target)
-    placement = {} if device_map is None else {"device_map": device_map}
+    placement: dict[str, Any] = {}
+    if device_map is not None:  # what does not fit is kept on disk, as long as the model lives
+        offloaded = tempfile.TemporaryDirectory(prefix="moescope-offload-")
+        placement = {"device_map": device_map, "offload_folder": offloaded.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **options)
         model = _text_class(config, source.name, options).from_pretrained(
@@ -190,6 +195,8 @@ def _load(
         )
     except (OSError, ValueError) as error:
         raise _cannot_load(source.name, error) from error
+    if device_map is not None:
+        weakref.finalize(model, offloaded.cleanup)
     return model, tokenizer
 
 

@@ -42,8 +42,9 @@ def seen_by_layers(model: Any, **inputs: Any) -> list[dict[str, Tensor]]:
 
 def expert_output(experts: Any, expert: int, hidden: Tensor) -> Tensor:
     """E(x) from the weights alone: gate and up side by side, SiLU, down."""
-    gate, up = F.linear(hidden, experts.gate_up_proj[expert]).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, experts.down_proj[expert])
+    with torch.no_grad():
+        gate, up = F.linear(hidden, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, experts.down_proj[expert])
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
