@@ -1,4 +1,4 @@
-"""Loading: what is refused before weights are read, device maps, memory, text-generating classes."""
+"""Loading: what is refused before weights are read, device maps, memory, classes that generate."""
 
 from __future__ import annotations
 
@@ -151,9 +151,7 @@ def test_a_vision_language_checkpoint_loads_the_class_that_generates(save: Any) 
     assert all(len(trace[info.layer].expert_ids) == 11 for info in trace.layers)
 
 
-def test_doctor_says_the_memory_before_loading(
-    tiny_model: Callable[..., Any], save: Any
-) -> None:
+def test_doctor_says_the_memory_before_loading(tiny_model: Callable[..., Any], save: Any) -> None:
     from typer.testing import CliRunner
 
     from moescope.app.cli import app

@@ -61,8 +61,12 @@ def test_norms_equal_a_direct_computation(
         assert norms is not None
         for token in range(0, 24, 5):
             for slot in range(2):
-                out = expert_output(model.model.layers[index].mlp.experts,
-                                    int(layer.expert_ids[token, slot]), seen["hidden"][token])  # fmt: skip
+                experts = model.model.layers[index].mlp.experts
+                expert = layer.expert_ids[token, slot]
+                    model.model.layers[index].mlp.experts,
+                    layer.expert_ids[token, slot],
+                )
+                out = expert_output(experts, int(expert), seen["hidden"][token])
                 assert float(norms.output_norm[token, slot]) == pytest.approx(
                     float(out.norm()), rel=1e-4
                 )
