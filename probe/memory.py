@@ -130,7 +130,7 @@ def _cache_growth(model: nn.Module, sites: list[RouterSite]) -> int | None:
     for site in sites:
         if site.experts is not site.block:
             # The instance's own forward, on a model that is thrown away.
-            site.experts.forward = _give_back  # type: ignore[method-assign,assignment]
+            site.experts.forward = _give_back
     try:
         sizes = [_cache_bytes(model, length) for length in _CACHE_LENGTHS]
     except Exception:  # whatever code cannot run without data: then it is not known

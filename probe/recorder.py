@@ -26,6 +26,7 @@ from moescope.probe.errors import RecordingError
 from moescope.probe.norms import ExpertNorms, NormWatcher, in_backward
 from moescope.probe.routers import LayerInfo, RouterOutput, RouterSite
 from moescope.probe.sums import LayerUsage
+from moescope.probe.tokens import RowTokens, StackInput, stack_input
 from moescope.probe.transfer import to_cpu
 
 _LAYER_IN_NAME = re.compile(r"^(?:(?P<stack>.*?)\.)?(?P<list>\w+)\.(?P<layer>\d+)\.(?P<part>\w+)")
@@ -39,14 +40,14 @@ class RoutedRows:
         weights: float[T, K].
         expert_ids: int16 or int32[T, K]; narrow, because there are many.
         logits: float[T, E], or None at level topk.
-        is_token: bool[T], false on padding; None where that is not known.
+        tokens: which tokens they are.
         norms: what the selected experts put out, where it was measured.
     """
 
     weights: Tensor
     expert_ids: Tensor
     logits: Tensor | None = None
-    is_token: Tensor | None = None
+    tokens: RowTokens = field(default_factory=RowTokens)
     norms: ExpertNorms | None = None
 
 
@@ -80,14 +81,6 @@ class _Stack:
     input_names: tuple[str, ...] = ()
 
 
-@dataclass
-class _Input:
-    """What a stack was called with: (batch, length), and where its input is no padding."""
-
-    shape: tuple[int, int]
-    is_token: Tensor | None
-
-
 class Recorder:
     """Collects one forward at a time and checks it when it ends."""
 
@@ -105,9 +98,10 @@ class Recorder:
         self.watchers = watchers
         self.stacks = _stacks(model, sites)
         self.active: list[nn.Module] = []
+        self.outer: Mapping[str, Any] = {}
         self.failed = False
         self.calls: dict[str, list[RouterOutput]] = {}
-        self.inputs: dict[str, list[_Input | None]] = {}
+        self.inputs: dict[str, list[StackInput | None]] = {}
 
     def router_hook(self, site: RouterSite) -> Any:
         """The forward hook of one router."""
@@ -156,10 +150,12 @@ class Recorder:
         if not self.active or module in self.active:  # the latter after an interrupted forward
             self.active = []
             self._forget()
+        if not self.active:
+            self.outer = kwargs
         self.active.append(module)
         if stack is not None:
             named = {**dict(zip(stack.input_names, args, strict=False)), **kwargs}
-            self.inputs.setdefault(stack.name, []).append(_input_of(named))
+            self.inputs.setdefault(stack.name, []).append(stack_input(named, self.outer))
 
     def _end(self, output: Any, forwards: list[Forward], sums: dict[str, LayerUsage]) -> None:
         self.active.pop()
@@ -176,6 +172,7 @@ class Recorder:
         self.failed = False
         self.calls = {}
         self.inputs = {}
+        self.outer = {}
         for watcher in self.watchers.values():
             watcher.forget()
 
@@ -190,32 +187,37 @@ class Recorder:
             raise RecordingError(
                 f"{_where(self.sites[0].info)} routed nothing in this forward, nor did any other"
             )
-        shapes: dict[str, tuple[int, int]] = {}
-        masks: dict[str, Tensor] = {}
+        inputs: dict[str, StackInput] = {}
         for stack in ran:
-            num_rows = _check(stack, self.calls)
-            given = _whole_input(self.inputs.get(stack.name, []), num_rows)
-            for site in _sites_of(stack):
-                rows = sum(len(call.expert_ids) for call in self.calls.get(site.info.module, []))
-                if given is not None and rows == num_rows:
-                    shapes[site.info.module] = given.shape
-                    if given.is_token is not None:
-                        masks[site.info.module] = given.is_token
+            _check(stack, self.calls)
+            given = _single(self.inputs.get(stack.name, []))
+            if given is not None:
+                inputs.update({site.info.module: given for site in _sites_of(stack)})
         if self.level == "usage":
-            self._add_sums(sums, masks)
-        else:
-            forwards.append(Forward(self._moved(masks), shapes))
+            self._add_sums(sums, inputs)
+            return
+        rows = self._moved(inputs)
+        shapes = {
+            module: inputs[module].shape
+            for module, found in rows.items()
+            if module in inputs and inputs[module].num_tokens == len(found.expert_ids)
+        }
+        forwards.append(Forward(rows, shapes))
 
-    def _add_sums(self, sums: dict[str, LayerUsage], masks: Mapping[str, Tensor]) -> None:
+    def _add_sums(self, sums: dict[str, LayerUsage], inputs: Mapping[str, StackInput]) -> None:
         for site in self.sites:
             module = site.info.module
-            for call in self.calls.get(module, []):
-                mask = masks.get(module)
-                on_device = None if mask is None else mask.to(call.expert_ids.device)
-                found = LayerUsage.of(call, site.info, on_device)
-                sums[module] = found.plus(sums.get(module))
+            if module not in self.calls:
+                continue
+            joined = _joined(self.calls[module])
+            is_token = None
+            if module in inputs:
+                is_token = inputs[module].of_rows(len(joined.expert_ids)).is_token
+            if is_token is not None:
+                is_token = is_token.to(joined.expert_ids.device)
+            sums[module] = LayerUsage.of(joined, site.info, is_token).plus(sums.get(module))
 
-    def _moved(self, masks: Mapping[str, Tensor]) -> dict[str, RoutedRows]:
+    def _moved(self, inputs: Mapping[str, StackInput]) -> dict[str, RoutedRows]:
         """This forward's rows on the CPU, in one transfer per device."""
         pieces: list[Tensor] = []
         places: list[tuple[str, str]] = []
@@ -223,7 +225,7 @@ class Recorder:
             module = site.info.module
             if module not in self.calls:
                 continue
-            parts = _joined_calls(self.calls[module], site.info)
+            parts = _narrowed(_joined(self.calls[module]), site.info)
             if self.level == "topk":
                 parts.pop("logits")
             watcher = self.watchers.get(module)
@@ -232,20 +234,33 @@ class Recorder:
             for name, tensor in parts.items():
                 places.append((module, name))
                 pieces.append(tensor)
-        distinct = list({id(mask): mask for mask in masks.values()}.values())
-        moved = to_cpu([*pieces, *distinct])
-        mask_of = {
-            id(mask): copy for mask, copy in zip(distinct, moved[len(pieces) :], strict=True)
+        distinct = list({id(given): given for given in inputs.values()}.values())
+        masks = [
+            mask for given in distinct for mask in (given.is_token, given.modality)
+            if mask is not None
+        ]  # fmt: skip
+        moved = to_cpu([*pieces, *masks])
+        copies = iter(moved[len(pieces) :])
+        on_cpu = {
+            id(given): StackInput(
+                given.shape,
+                None if given.is_token is None else next(copies),
+                None if given.modality is None else next(copies),
+            )
+            for given in distinct
         }
         found: dict[str, dict[str, Tensor]] = {}
         for (module, name), tensor in zip(places, moved, strict=False):
             found.setdefault(module, {})[name] = tensor
+        num_rows = {module: len(parts["expert_ids"]) for module, parts in found.items()}
         return {
             module: RoutedRows(
                 weights=parts.pop("weights"),
                 expert_ids=parts.pop("expert_ids"),
                 logits=parts.pop("logits", None),
-                is_token=mask_of[id(masks[module])] if module in masks else None,
+                tokens=on_cpu[id(inputs[module])].of_rows(num_rows[module])
+                if module in inputs
+                else RowTokens(),
                 norms=ExpertNorms(**parts) if parts else None,
             )
             for module, parts in found.items()
@@ -282,7 +297,7 @@ def _stacks(model: nn.Module, sites: Sequence[RouterSite]) -> list[_Stack]:
     return list(stacks.values())
 
 
-def _check(stack: _Stack, calls: Mapping[str, list[RouterOutput]]) -> int:
+def _check(stack: _Stack, calls: Mapping[str, list[RouterOutput]]) -> None:
     """Every layer of a stack that ran must have routed, and the same number of rows each time."""
     expected: int | None = None
     for group in stack.groups.values():
@@ -303,52 +318,25 @@ def _check(stack: _Stack, calls: Mapping[str, list[RouterOutput]]) -> int:
                     f"{expected}"
                 )
             expected = found
-    return expected or 0
 
 
-def _input_of(named: Mapping[str, Any]) -> _Input | None:
-    """Shape and padding of a stack's input, by the names that transformers uses."""
-    for name, num_dims in (("input_ids", 2), ("inputs_embeds", 3)):
-        given = named.get(name)
-        if isinstance(given, Tensor) and given.dim() == num_dims:
-            shape = (given.shape[0], given.shape[1])
-            return _Input(shape, _token_mask(named.get("attention_mask"), given))
-    return None
+def _single(given: Sequence[StackInput | None]) -> StackInput | None:
+    """The input of a stack that was called once in this forward."""
+    return given[0] if len(given) == 1 else None
 
 
-def _token_mask(attention_mask: Any, given: Tensor) -> Tensor | None:
-    """bool[batch * length]: the mask's last columns, which are those of this input.
-
-    Without a mask all of the input is tokens; a mask of another form (4-D, by blocks) is not read.
-    """
-    batch, length = given.shape[0], given.shape[1]
-    if attention_mask is None:
-        return torch.ones(batch * length, dtype=torch.bool, device=given.device)
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        return None
-    if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
-        return None
-    return (attention_mask[:, attention_mask.shape[1] - length :] != 0).reshape(-1)
+def _joined(calls: Sequence[RouterOutput]) -> RouterOutput:
+    """The rows of all calls of one router, one call after the other."""
+    if len(calls) == 1:
+        return calls[0]
+    return RouterOutput(*(torch.cat(parts) for parts in zip(*calls, strict=True)))
 
 
-def _whole_input(given: Sequence[_Input | None], num_rows: int) -> _Input | None:
-    """The input of a stack that was called once and whose every token passed the routers."""
-    if len(given) != 1 or given[0] is None:
-        return None
-    batch, length = given[0].shape
-    return given[0] if batch * length == num_rows else None
-
-
-def _joined_calls(calls: Sequence[RouterOutput], info: LayerInfo) -> dict[str, Tensor]:
-    """The rows of all calls of one router, ids narrowed."""
+def _narrowed(output: RouterOutput, info: LayerInfo) -> dict[str, Tensor]:
+    """A router's values by name, ids in as few bytes as they need."""
     narrow = torch.int16 if info.num_experts <= torch.iinfo(torch.int16).max else torch.int32
-    joined = (
-        RouterOutput(*(torch.cat(parts) for parts in zip(*calls, strict=True)))
-        if (len(calls) > 1)
-        else calls[0]
-    )
     return {
-        "weights": joined.weights,
-        "expert_ids": joined.expert_ids.to(narrow),
-        "logits": joined.logits,
+        "weights": output.weights,
+        "expert_ids": output.expert_ids.to(narrow),
+        "logits": output.logits,
     }

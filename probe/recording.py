@@ -58,7 +58,9 @@ class LayerTrace:
         weights: routing weights as used, float[T, K], in the router's own order.
         expert_ids: selected experts, int64[T, K], in the router's own order.
         is_token: bool[T], false on padding; None where that cannot be told: an attention mask of
-            another shape than [batch, length], or routers that see a part of the tokens.
+            another shape than [batch, length], or routers that see an unknown part of the tokens.
+        modality: int8[T], 0 text, 1 image, 2 video, 3 audio, where the processor's
+            `mm_token_type_ids` told it in every forward; None elsewhere.
         norms: what the selected experts put out, with `record(norms=True)`.
         bias: the router's selection bias, float[E], or None.
     """
@@ -67,6 +69,7 @@ class LayerTrace:
     weights: Tensor
     expert_ids: Tensor
     is_token: Tensor | None = None
+    modality: Tensor | None = None
     norms: ExpertNorms | None = None
     bias: Tensor | None = None
     kept_logits: Tensor | None = field(default=None, repr=False)
@@ -125,7 +128,8 @@ class Trace:
             info=info,
             weights=torch.cat([part.weights for part in parts]),
             expert_ids=torch.cat([part.expert_ids for part in parts]).long(),
-            is_token=_joined([part.is_token for part in parts]),
+            is_token=_joined([part.tokens.is_token for part in parts]),
+            modality=_joined([part.tokens.modality for part in parts]),
             norms=ExpertNorms.joined([part.norms for part in parts]),
             bias=self.biases.get(info.module),
             kept_logits=_joined([part.logits for part in parts]),

@@ -63,15 +63,34 @@ def test_encoder_and_decoder_have_rows_of_their_own() -> None:
 
 
 def test_routers_that_see_a_part_of_the_tokens() -> None:
+    """Ernie's text experts get the tokens of text; which these are is told by the processor."""
     tiny = zoo_model("ernie4_5_vl_moe+vision")
+    marks = tiny.inputs["moe_mm_token_type_ids"].reshape(-1)
+    assert 0 < int(marks.sum()) < len(marks)
     with record(tiny.model) as trace, torch.no_grad():
         tiny.model(**tiny.inputs)
-    tokens = sum(tensor.shape[0] * tensor.shape[1] for name, tensor in tiny.inputs.items()
-                 if name in ("input_ids", "inputs_embeds"))  # fmt: skip
     for info in trace.layers:
-        layer = trace[info.layer, info.kind]
-        assert 0 < len(layer.expert_ids) < tokens
-        assert layer.is_token is None  # which tokens these are is not in the mask
+        layer, (forward,) = trace[info.layer, info.kind], trace.forwards
+        rows = forward.rows[info.module]
+        assert len(layer.expert_ids) == int((marks == 0).sum())
+        assert rows.tokens.token_index is not None
+        assert torch.equal(rows.tokens.token_index, (marks == 0).nonzero()[:, 0])
+        assert layer.modality is not None and not layer.modality.any()
+        assert layer.is_token is not None and layer.is_token.all()
+        assert info.module not in forward.shapes
+
+
+def test_modality_is_recorded_where_the_processor_tells_it() -> None:
+    tiny = zoo_model("qwen3_vl_moe+whole")
+    ids = torch.arange(5, 15)[None]
+    marks = torch.tensor([[0, 0, 1, 1, 1, 0, 2, 0, 0, 0]])
+    with record(tiny.model) as trace, torch.no_grad():
+        tiny.model(input_ids=ids, mm_token_type_ids=marks)
+    info = trace.layers[0]
+    assert torch.equal(trace[info.layer].modality, marks[0].to(torch.int8))
+    with record(tiny.model) as trace, torch.no_grad():
+        tiny.model(input_ids=ids)
+    assert trace[info.layer].modality is None
 
 
 def test_a_layer_used_twice_has_its_rows_twice(tiny_model: Callable[..., Any]) -> None:
