@@ -63,9 +63,6 @@ def test_norms_equal_a_direct_computation(
             for slot in range(2):
                 experts = model.model.layers[index].mlp.experts
                 expert = layer.expert_ids[token, slot]
-                    model.model.layers[index].mlp.experts,
-                    layer.expert_ids[token, slot],
-                )
                 out = expert_output(experts, int(expert), seen["hidden"][token])
                 assert float(norms.output_norm[token, slot]) == pytest.approx(
                     float(out.norm()), rel=1e-4
