@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from moescope.kernels.route import Edits, select
+from moescope.probe.bridges import underlying
 from moescope.probe.errors import MoescopeError, PlanError
 from moescope.probe.routers import RouterSite, find_routers
 from moescope.steering.check import check, check_shape, layer_of
@@ -55,7 +56,7 @@ def steer(
     """Apply a plan to a model while the block runs.
 
     Args:
-        model: a transformers causal language model.
+        model: a transformers causal language model, or a TransformerLens bridge around one.
         plan: what to change; an empty plan changes nothing.
         sites: the model's routers as `verify_routers` proved them, where the caller has them; then
             an unverified layer is refused before anything runs. Without them each layer is proved
@@ -68,6 +69,7 @@ def steer(
         PlanError: the plan does not fit the model, or a layer of it is steered already.
         ModelInputError: a dense model, or a family that is not supported.
     """
+    model = underlying(model)
     if sites is None:
         sites = find_routers(model)
         check_shape(plan, [site.info for site in sites])

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from moescope.probe.bridges import plain_modules, underlying
 from moescope.probe.errors import ModelInputError, RecordingError
 from moescope.probe.routers.families import FAMILIES
 from moescope.probe.routers.spec import LayerInfo, RouterSite, RouterSpec
@@ -44,8 +45,9 @@ def find_routers(model: nn.Module) -> list[RouterSite]:
         ModelInputError: a dense model, or a family that is not supported.
         RecordingError: a model of a supported family without the modules that its entry names.
     """
+    model = underlying(model)
     spec = require_moe_family(model.config, type(model).__name__)
-    modules = dict(model.named_modules())
+    modules = plain_modules(model)
     sites: list[RouterSite] = []
     for name, module in modules.items():
         if type(module).__name__ != spec.router_class:
