@@ -28,7 +28,7 @@ PROMPT_LENGTHS = (4, 9, 6)
 #: mixes the scores of different tokens.
 PADDING_MATTERS = [
     "axk2", "deepseek_v32", "deepseek_v4", "doge", "dots3_note", "minimax_m3_vl", "nemotron_h",
-    "qwen3_5_moe",
+    "qwen3_5_moe", "qwen3_omni_moe+whole",
 ]  # fmt: skip
 GENERATING = [name for name, one in RECIPES.items() if one.model_class.endswith("ForCausalLM")]
 WHOLE = [f"{name}+whole" for name in WHOLES if name not in GENERATING]
