@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from moescope.probe.bridges import plain_modules, underlying
-from moescope.probe.errors import ModelInputError, RecordingError
-from moescope.probe.routers.families import FAMILIES
+from moescope.probe.errors import RecordingError, UnknownRoutingError
+from moescope.probe.routers.registry import require_moe_family, text_config
 from moescope.probe.routers.spec import LayerInfo, RouterSite, RouterSpec
-
-#: Names under which configurations of transformers state a number of routed experts.
-_EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
-
-def require_moe_family(config: Any, name: str) -> RouterSpec:
-    """The family's entry, by a model's configuration alone, before any weight is loaded.
-
-    Raises:
-        ModelInputError: a dense model, or a family that is not supported.
-    """
-    family = str(config.model_type)
-    spec = FAMILIES.get(family)
-    if spec is not None:
-        return spec
-    supported = ", ".join(sorted(FAMILIES))
-    if any(getattr(config, field, None) for field in _EXPERT_FIELDS):
-        raise ModelInputError(
-            f"{name} is of the family {family!r}, whose routing moescope does not know yet; "
-            f"it knows {supported}"
-        )
-    raise ModelInputError(
-        f"{name} (family {family!r}) is a dense model without routers; moescope needs a "
-        f"Mixture-of-Experts model ({supported})"
-    )
 
 
 def find_routers(model: nn.Module) -> list[RouterSite]:
@@ -44,16 +21,22 @@ def find_routers(model: nn.Module) -> list[RouterSite]:
     Raises:
         ModelInputError: a dense model, or a family that is not supported.
         RecordingError: a model of a supported family without the modules that its entry names.
+        UnknownRoutingError: a part of a router's rule cannot be read.
     """
     model = underlying(model)
     spec = require_moe_family(model.config, type(model).__name__)
+    config = text_config(model.config)
+    classes = {one.router_class: one for one in (spec, *spec.variants)}
     modules = plain_modules(model)
+    seen: Counter[str] = Counter()
     sites: list[RouterSite] = []
     for name, module in modules.items():
-        if type(module).__name__ != spec.router_class:
+        own = classes.get(type(module).__name__)
+        if own is None or not own.covers(name):
             continue
-        parent = modules[name.rpartition(".")[0]]
-        sites.append(_site(spec, name, module, parent, moe_layer=len(sites)))
+        kind = own.kind(name)
+        sites.append(_site(own, name, modules, config, kind, moe_layer=seen[kind]))
+        seen[kind] += 1
     if not sites:
         raise RecordingError(
             f"{type(model).__name__} has no module of class {spec.router_class}, where the "
@@ -64,25 +47,71 @@ def find_routers(model: nn.Module) -> list[RouterSite]:
 
 
 def _site(
-    spec: RouterSpec, name: str, router: nn.Module, parent: nn.Module, moe_layer: int
+    spec: RouterSpec,
+    name: str,
+    modules: dict[str, nn.Module],
+    config: Any,
+    kind: str,
+    moe_layer: int,
 ) -> RouterSite:
-    experts = getattr(parent, spec.experts_name, None)
-    found = re.search(r"\.(\d+)\.", name)
+    router, block_name = modules[name], name.rpartition(".")[0]
+    block, around = modules[block_name], modules[block_name.rpartition(".")[0]]
+    experts = getattr(block, spec.experts_name, None)
+    found = re.search(r"(?:^|\.)(\d+)\.", name)
     if not isinstance(experts, nn.Module) or found is None:
         raise RecordingError(
             f"router {name} has no layer number in its name, or no `{spec.experts_name}` module "
             "beside it"
         )
-    rule = spec.read_rule(router)
-    shared = spec.shared_name is not None and hasattr(parent, spec.shared_name)
+    experts = modules[f"{block_name}.{spec.experts_name}".lstrip(".")]
+    try:
+        rule = spec.read_rule(router, block, config)
+    except UnknownRoutingError as error:
+        raise UnknownRoutingError(f"layer {found.group(1)} ({name}): {error}") from error
+    except ValueError as error:  # a rule that no router can have
+        raise UnknownRoutingError(f"layer {found.group(1)} ({name}): {error}") from error
     info = LayerInfo(
         layer=int(found.group(1)),
-        kind="mlp",
+        kind=kind,
         moe_layer=moe_layer,
         module=name,
         num_experts=rule.num_experts,
         top_k=rule.top_k,
-        num_shared_experts=int(shared),
+        num_shared_experts=_num_shared(spec, around if spec.shared_beside else block, config),
         rule=rule,
+        implementation=implementation_of(router, block, experts, config),
     )
-    return RouterSite(info, router, experts)
+    find_bias = partial(_no_bias) if spec.bias is None else partial(spec.bias, router, block)
+    return RouterSite(info, router, experts, block, spec.form, find_bias, spec.record_only)
+
+
+def _no_bias() -> Tensor | None:
+    """What families without a selection bias have."""
+    return None
+
+
+def _num_shared(spec: RouterSpec, holder: nn.Module, config: Any) -> int:
+    """Shared experts beside the routed ones; one where no number is configured."""
+    if spec.shared_name is None:
+        return 0
+    if not isinstance(getattr(holder, spec.shared_name, None), nn.Module):
+        return 0
+    count = None if spec.shared_count is None else getattr(config, spec.shared_count, None)
+    return count if isinstance(count, int) and count > 0 else 1
+
+
+def implementation_of(router: nn.Module, block: nn.Module, experts: nn.Module, config: Any) -> str:
+    """What computes a layer's routing and experts, in words.
+
+    `eager`, another implementation of transformers (`grouped_mm`, ...), the class of quantised
+    experts, or a kernel that has taken a module's place.
+    """
+    for what, module in (("router", router), ("block", block), ("experts", experts)):
+        forward = module.__dict__.get("forward")
+        if forward is not None and not hasattr(module, "_hf_hook"):
+            named = getattr(forward, "__qualname__", type(forward).__name__)
+            return f"kernel in place of the {what}'s forward ({named})"
+    if not type(experts).__module__.startswith(("transformers.models.", "torch.nn.")):
+        return type(experts).__name__
+    name = getattr(config, "_experts_implementation", None)
+    return name if isinstance(name, str) else "eager"

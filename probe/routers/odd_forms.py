@@ -149,9 +149,7 @@ class DispatchForm(TupleForm):
         sizes = torch.bincount(slots_ids.flatten(), minlength=site.info.num_experts).tolist()
         return order, token, remember(gates, weights, ids), sizes, logits_TE
 
-    def _exactly_k(
-        self, site: RouterSite, weights: Tensor, ids: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _exactly_k(self, site: RouterSite, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         missing = site.info.top_k - ids.shape[1]
         if missing < 0:
             raise MoescopeError(
