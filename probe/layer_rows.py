@@ -101,7 +101,7 @@ def _weights_follow_selection(rule: RoutingRule) -> bool:
     return (
         rule.selection_bias == "none"
         and rule.groups is None
-        and rule.weights in ("score", "softmax_topk", "sigmoid_topk")
+        and rule.weights in ("score", "softmax_topk", "sigmoid_topk", "sigmoid_all")
     )
 
 

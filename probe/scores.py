@@ -11,6 +11,9 @@ from torch.nn import functional as F
 
 from moescope.kernels.route import RoutingRule
 
+#: Weights that are sigmoids of the logits where the ranking is by the logits themselves.
+_SIGMOIDS = ("sigmoid_topk", "sigmoid_all", "logsigmoid_shared")
+
 
 def router_probs(logits_TE: Tensor, rule: RoutingRule) -> Tensor:
     """How strongly the router wants each expert, for `usage.prob_sum` and `router_probs`.
@@ -31,7 +34,7 @@ def router_probs(logits_TE: Tensor, rule: RoutingRule) -> Tensor:
         return logits_TE
     if rule.score == "sqrtsoftplus":
         return F.softplus(logits_TE).sqrt()
-    if rule.score == "sigmoid" or rule.weights in ("sigmoid_topk", "logsigmoid_shared"):
+    if rule.score == "sigmoid" or rule.weights in _SIGMOIDS:
         return torch.sigmoid(logits_TE)
     return torch.softmax(logits_TE, dim=-1)
 

@@ -19,6 +19,7 @@ Weights = Literal[
     "score",
     "softmax_topk",
     "sigmoid_topk",
+    "sigmoid_all",
     "sparsemixer",
     "logsigmoid_shared",
     "scaled_probability",
@@ -55,6 +56,8 @@ class RoutingRule:
         score: how logits become scores. `probabilities`: the router returns probabilities already.
         weights: where weights come from. `score`: the score of the selected expert;
             `softmax_topk` and `sigmoid_topk`: that function of the K logits, after top-k;
+            `sigmoid_all`: the sigmoid of all logits (Llama 4), which rounds otherwise than that of
+            the K logits where one is vectorized and the other not;
             `sparsemixer`: Phi-3.5-MoE; `logsigmoid_shared`: Inkling, normalized together with the
             shared experts; `scaled_probability`: Gemma 4, times a factor per expert after
             renormalization.
@@ -148,6 +151,7 @@ class RoutingRule:
         after = {
             "softmax_topk": "softmax of the chosen",
             "sigmoid_topk": "sigmoid of the chosen",
+            "sigmoid_all": "sigmoid of the chosen",
             "sparsemixer": "sparse-mixer weights",
             "logsigmoid_shared": "log-sigmoid weights normalized with the shared experts",
             "score": "",

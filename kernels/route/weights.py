@@ -33,6 +33,8 @@ def weights_of(
         weights_TK = torch.softmax(chosen_TK, dim=-1)
     elif rule.weights == "sigmoid_topk":
         weights_TK = torch.sigmoid(z_TE.gather(1, ids_TK))
+    elif rule.weights == "sigmoid_all":
+        weights_TK = torch.sigmoid(z_TE).gather(1, ids_TK)
     elif rule.weights == "logsigmoid_shared" and shared_logits_TS is not None:
         chosen_TK = z_TE.gather(1, ids_TK)
         if keep_TK is not None:

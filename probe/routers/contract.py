@@ -195,8 +195,10 @@ def _replay_problem(site: RouterSite, output: RouterOutput, seen: _Seen) -> str 
         weights, ids = select(output.logits, site.info.rule, None, **(seen.inputs or {}))
     except ValueError as error:
         return f"the rule cannot be applied: {error}"
-    used = output.weights != 0 if site.info.rule.capacity is not None else ...
-    if not torch.equal(ids[used], output.expert_ids[used]):
+    if site.info.rule.capacity is not None or site.info.rule.has_skip:
+        # Slots that no expert serves have weight 0 on both sides, and no id.
+        ids = torch.where(output.weights == 0, output.expert_ids, ids)
+    if not torch.equal(ids, output.expert_ids):
         return "the rule selects other experts than the router did"
     if weights.dtype != output.weights.dtype or not torch.equal(weights, output.weights):
         return "the rule gives other routing weights than the router did"

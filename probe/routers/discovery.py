@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from moescope.probe.bridges import plain_modules, underlying
 from moescope.probe.errors import RecordingError, UnknownRoutingError
+from moescope.probe.routers.implementations import (
+    implementation_of,
+    is_quantised,
+    require_visible,
+)
 from moescope.probe.routers.registry import require_moe_family, text_config
 from moescope.probe.routers.spec import LayerInfo, RouterSite, RouterSpec
 
@@ -38,10 +43,14 @@ def find_routers(model: nn.Module) -> list[RouterSite]:
         sites.append(_site(own, name, modules, config, kind, moe_layer=seen[kind]))
         seen[kind] += 1
     if not sites:
+        cause = (
+            "quantisation may have put another in its place: leave the routers out of it"
+            if is_quantised(model.config)
+            else "this release of transformers may have renamed it"
+        )
         raise RecordingError(
             f"{type(model).__name__} has no module of class {spec.router_class}, where the "
-            f"routers of {spec.family} are expected; this release of transformers may have "
-            "renamed it"
+            f"routers of {spec.family} are expected; {cause}"
         )
     return sites
 
@@ -64,12 +73,12 @@ def _site(
             "beside it"
         )
     experts = modules[f"{block_name}.{spec.experts_name}".lstrip(".")]
+    where = f"layer {found.group(1)} ({name})"
+    require_visible(where, block)
     try:
         rule = spec.read_rule(router, block, config)
-    except UnknownRoutingError as error:
-        raise UnknownRoutingError(f"layer {found.group(1)} ({name}): {error}") from error
-    except ValueError as error:  # a rule that no router can have
-        raise UnknownRoutingError(f"layer {found.group(1)} ({name}): {error}") from error
+    except (UnknownRoutingError, ValueError) as error:  # the latter: no router has such a rule
+        raise UnknownRoutingError(f"{where}: {error}") from error
     info = LayerInfo(
         layer=int(found.group(1)),
         kind=kind,
@@ -79,9 +88,9 @@ def _site(
         top_k=rule.top_k,
         num_shared_experts=_num_shared(spec, around if spec.shared_beside else block, config),
         rule=rule,
-        implementation=implementation_of(router, block, experts, config),
+        implementation=implementation_of(router, block, experts),
     )
-    find_bias = partial(_no_bias) if spec.bias is None else partial(spec.bias, router, block)
+    find_bias = _no_bias if spec.bias is None else partial(spec.bias, router, block)
     return RouterSite(info, router, experts, block, spec.form, find_bias, spec.record_only)
 
 
@@ -97,21 +106,4 @@ def _num_shared(spec: RouterSpec, holder: nn.Module, config: Any) -> int:
     if not isinstance(getattr(holder, spec.shared_name, None), nn.Module):
         return 0
     count = None if spec.shared_count is None else getattr(config, spec.shared_count, None)
-    return count if isinstance(count, int) and count > 0 else 1
-
-
-def implementation_of(router: nn.Module, block: nn.Module, experts: nn.Module, config: Any) -> str:
-    """What computes a layer's routing and experts, in words.
-
-    `eager`, another implementation of transformers (`grouped_mm`, ...), the class of quantised
-    experts, or a kernel that has taken a module's place.
-    """
-    for what, module in (("router", router), ("block", block), ("experts", experts)):
-        forward = module.__dict__.get("forward")
-        if forward is not None and not hasattr(module, "_hf_hook"):
-            named = getattr(forward, "__qualname__", type(forward).__name__)
-            return f"kernel in place of the {what}'s forward ({named})"
-    if not type(experts).__module__.startswith(("transformers.models.", "torch.nn.")):
-        return type(experts).__name__
-    name = getattr(config, "_experts_implementation", None)
-    return name if isinstance(name, str) else "eager"
+    return count if isinstance(count, int) else 1

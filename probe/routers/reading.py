@@ -1,4 +1,4 @@
-"""Reading single values of a selection rule from live modules: never guessed, missing ones named."""
+"""Reading single values of a selection rule from live modules; missing ones are named."""
 
 from __future__ import annotations
 
@@ -105,19 +105,20 @@ def hidden_dtype(block: nn.Module, config: Any) -> Literal["float32", "bfloat16"
     """Dtype of the hidden states that pass a block: that of its experts, else the configured one.
 
     Raises:
-        UnknownRoutingError: neither is a float of ordinary size (quantised experts without dtype).
+        UnknownRoutingError: the experts are quantised (their float parameters are scales, which say
+            nothing) and no dtype is configured.
     """
     experts = getattr(block, "experts", block)
-    for parameter in experts.parameters():
-        if parameter.dtype in _FLOATS:
-            return _FLOATS[parameter.dtype]
-    found = _FLOATS.get(getattr(config, "dtype", None))
-    if found is None:
+    found = {_FLOATS.get(parameter.dtype) for parameter in experts.parameters()}
+    if len(found) == 1 and (only := found.pop()) is not None:
+        return only
+    configured = _FLOATS.get(getattr(config, "dtype", None))
+    if configured is None:
         raise UnknownRoutingError(
             f"{type(block).__name__} returns routing weights in the dtype of its hidden states, "
             "which neither its experts nor the configuration tell"
         )
-    return found
+    return configured
 
 
 def score_of(router: nn.Module) -> Literal["sigmoid", "sqrtsoftplus"]:

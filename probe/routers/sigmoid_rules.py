@@ -194,5 +194,9 @@ def llama4(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
     """Llama 4: sigmoid of the K logits; the weights scale what the experts get."""
     del block, config
     return _plain(
-        router, renormalize=False, score="identity", weights="sigmoid_topk", selection_bias="none"
+        router,
+        renormalize=False,
+        score="identity",
+        weights="sigmoid_all",
+        selection_bias="none",
     )

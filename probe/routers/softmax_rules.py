@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from moescope.kernels.route import Groups, RoutingRule
@@ -265,19 +266,29 @@ def switch(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
 
 
 def nllb(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
-    """NLLB: the best and the second-best expert, their weights normalized with a floor."""
-    del block, config
+    """NLLB: the best and the second-best expert, their weights normalized with a floor.
+
+    Its two choices are not written anywhere as a number: `NllbMoeTop2Router` always makes two.
+    """
+    dtype = hidden_dtype(block, config)
     return RoutingRule(
-        num_experts=whole(router, "num_experts"), top_k=2, renormalize=True, epsilon_is_floor=True,
-        epsilon=1.1920928955078125e-07,
-    )  # fmt: skip
+        num_experts=whole(router, "num_experts"),
+        top_k=2,
+        renormalize=True,
+        epsilon_is_floor=True,
+        epsilon=torch.finfo(getattr(torch, dtype)).eps,
+        weight_dtype=dtype,
+    )
 
 
 def doge(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
-    """Doge: the K best sums of two key halves, softmax over the chosen."""
+    """Doge: the K best sums of two key halves, softmax over the chosen.
+
+    E is the number of pairs of keys; a number of experts that is no square has some unused.
+    """
     del router, config
     return RoutingRule(
-        num_experts=whole(block, "num_experts"),
+        num_experts=whole(block, "num_keys") ** 2,
         top_k=whole(block, "top_k"),
         renormalize=flag(block, "norm_topk_prob"),
         score="identity",

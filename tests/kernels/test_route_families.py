@@ -262,7 +262,7 @@ def test_dbrx_divides_by_a_norm(order: float | None, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_llama4_weighs_by_the_sigmoid_of_the_chosen_logits(dtype: torch.dtype) -> None:
     case = Case("llama4", "Llama4Router", {
-        "score": "identity", "weights": "sigmoid_topk", "renormalize": False,
+        "score": "identity", "weights": "sigmoid_all", "renormalize": False,
     })  # fmt: skip
     router = router_of(case, dtype)
     hidden = torch.randn(T, H, generator=torch.Generator().manual_seed(7)).to(dtype)
