@@ -78,12 +78,11 @@ class RoutingRule:
         divided_by_top_k: whether the weights are divided by K at the end (OpenAI's privacy filter,
             whose block multiplies by K again).
         num_zero_experts: of the E, the last ones that compute nothing (identity), Z.
-        has_skip: whether class E - 1 means that no expert is used (Zaya); such a slot is
-            returned as expert 0 with weight 0.
+        has_skip: whether class E - 1 means that no expert is used (Zaya); such a slot has weight 0.
         jitter: threshold of `sparsemixer`.
         from_table: whether ids come from a table by token id instead of the scores (hash layers).
-        capacity: tokens an expert takes per sequence (Switch); a token beyond is returned as
-            expert 0 with weight 0.
+        capacity: tokens an expert takes per sequence (Switch); a token beyond keeps the id of the
+            expert that it was meant for, with weight 0.
     """
 
     num_experts: int

@@ -174,8 +174,8 @@ def experts_arguments(
     found = [*args, *kwargs.values()]
     if len(found) != count:
         raise RecordingError(
-            f"{site.where}: the experts were called with {len(found)} arguments instead of {count}; "
-            "a fused kernel or another version of them may have taken their place"
+            f"{site.where}: the experts were called with {len(found)} arguments instead of "
+            f"{count}; a fused kernel or another version of them may have taken their place"
         )
     return found
 

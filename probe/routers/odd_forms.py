@@ -103,7 +103,7 @@ class DenseScoreForm(TupleForm):
         self, site: RouterSite, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Tensor | None:
         """Rows per expert that are not all zero."""
-        (hidden,) = experts_arguments(site, args, kwargs, 1)
+        hidden: Tensor = experts_arguments(site, args, kwargs, 1)[0]
         by_expert = hidden.view(site.info.num_experts, -1, hidden.shape[-1])
         return (by_expert != 0).any(-1).sum(1)
 

@@ -93,7 +93,7 @@ def groups_of(router: nn.Module, fill: Literal["-inf", "0"]) -> Groups | None:
     Raises:
         UnknownRoutingError: one of the two is missing.
     """
-    if hasattr(router, "num_group") and router.num_group is None:
+    if getattr(router, "num_group", 0) is None:
         return None
     return Groups(
         count=whole(router, "num_group"), kept=whole(router, "topk_group"), score="top2_sum",
@@ -112,7 +112,8 @@ def hidden_dtype(block: nn.Module, config: Any) -> Literal["float32", "bfloat16"
     found = {_FLOATS.get(parameter.dtype) for parameter in experts.parameters()}
     if len(found) == 1 and (only := found.pop()) is not None:
         return only
-    configured = _FLOATS.get(getattr(config, "dtype", None))
+    dtype: Any = getattr(config, "dtype", None)
+    configured = _FLOATS.get(dtype)
     if configured is None:
         raise UnknownRoutingError(
             f"{type(block).__name__} returns routing weights in the dtype of its hidden states, "

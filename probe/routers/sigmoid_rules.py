@@ -191,7 +191,7 @@ def inkling(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
 
 
 def llama4(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
-    """Llama 4: sigmoid of the K logits; the weights scale what the experts get."""
+    """Llama 4: sigmoid of the chosen logits; the weights scale what the experts get."""
     del block, config
     return _plain(
         router,
