@@ -92,6 +92,11 @@ def _problems(model: nn.Module, sites: Sequence[RouterSite], input_ids: Tensor) 
     """Why each layer cannot be steered, or None."""
     with _watching(sites) as seen:
         before = _output(model, input_ids)
+    if before.isnan().any():
+        raise RecordingError(
+            "the model's own output is not a number for the text that it is verified on, so "
+            "nothing about its routing can be proved"
+        )
     problems: dict[str, str | None] = {}
     for site in sites:
         entry = seen[site.info.module]
@@ -235,7 +240,7 @@ def _writing_problems(
             problems[site.info.module] = "the experts do not get the selection that is written"
     if torch.equal(after, before):
         return problems, 0.0
-    noise = float((_output(model, input_ids) - before).abs().max())
+    noise = _distance(_output(model, input_ids), before)
     for site in sites if noise == 0 else ():
         with _replaced([site]):
             same = torch.equal(_output(model, input_ids), before)
@@ -283,6 +288,11 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+def _distance(one: Tensor, other: Tensor) -> float:
+    """The largest difference of two outputs; entries that are infinite in both count as equal."""
+    return float((one.float() - other.float()).abs().nan_to_num(nan=0.0).max())
+
+
 def _influence_problem(
     model: nn.Module,
     site: RouterSite,
@@ -302,9 +312,9 @@ def _influence_problem(
     edits = Edits(mask_selection=masked)
     with _replaced([site], edits), _watching([site]) as watched:
         after = _output(model, input_ids)
-    if not torch.isfinite(after).all():
+    if not torch.equal(after.isfinite(), before.isfinite()):
         return "masking an expert makes the output infinite"
-    if float((after - before).abs().max()) <= _TIMES_NOISE * noise:
+    if _distance(after, before) <= _TIMES_NOISE * noise:
         return "masking the most used expert does not change the output"
     counted = watched[site.info.module].counted
     if counted is not None and int(counted[expert]) != 0:

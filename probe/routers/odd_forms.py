@@ -215,11 +215,17 @@ class OneHotForm(TupleForm):
         if ids.shape[1] != 1:
             raise MoescopeError(f"{site.where}: this router takes one expert a token, no other")
         capacity: Any = site.router.expert_capacity
-        wanted = nn.functional.one_hot(ids[:, 0], site.info.num_experts).view(one_hot_BSE.shape)
-        kept = wanted * (torch.cumsum(wanted, dim=-2) <= capacity)
         weights = weights.to(weights_BS1.dtype)
+        # A slot without weight goes to no expert and takes up no capacity.
+        wanted = nn.functional.one_hot(ids[:, 0], site.info.num_experts) * (weights != 0)
+        wanted = wanted.view(one_hot_BSE.shape)
+        kept = wanted * (torch.cumsum(wanted, dim=-2) <= capacity)
         used = weights * kept.sum(-1).view(-1, 1).to(weights.dtype)
-        return remember(kept, used, ids), weights.view(weights_BS1.shape), logits_BSE
+        # What the router says of tokens that no expert gets has no effect and is left as it is.
+        weights_BS1 = torch.where(weights == 0, weights_BS1.view(-1, 1), weights).view_as(
+            weights_BS1
+        )
+        return remember(kept, used, ids), weights_BS1, logits_BSE
 
     def arrived(
         self, site: RouterSite, args: tuple[Any, ...], kwargs: Mapping[str, Any]
