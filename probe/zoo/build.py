@@ -1,8 +1,9 @@
 """Building the tiny random model of a family, with inputs for its forward.
 
 The weights are random and large enough that routing differs between tokens. What a new model has
-as zeros or ones but a trained one has not (selection biases, scales per expert, the id tables of
-hash layers) is set to random values that matter, so that a reader which ignores them is caught.
+as zeros or ones but a trained one has not (selection biases, AFMoE's routers, scales per expert,
+the id tables of hash layers) is set to random values that matter, so that a reader which ignores
+them is caught.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ _MODALITY_INPUTS = {"ernie4_5_vl_moe+vision": "moe_mm_token_type_ids"}
 _BIASES = ("correction_bias", "expert_bias", "balancing_biases")
 #: Ends of the names of tensors that multiply routing weights.
 _SCALES = ("per_expert_scale", "global_scale")
+#: Ends of the names of router weights that a new model has as zeros (AFMoE).
+_ROUTERS = (".router.gate.weight",)
 #: Ends of the names of tables from token id to expert ids, int64[vocabulary, K].
 _TABLES = ("tid2eid",)
 
@@ -158,13 +161,15 @@ def _keep_in_float32(model: Any, dtype: torch.dtype | None) -> None:
 
 
 def _set_what_training_sets(model: nn.Module) -> None:
-    """Random selection biases, scales per expert and id tables, in place."""
+    """Random selection biases, router weights, scales per expert and id tables, in place."""
     import torch
 
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith(_BIASES):
                 tensor.copy_(torch.randn(tensor.shape) * 0.3)
+            elif name.endswith(_ROUTERS) and not tensor.any():
+                tensor.copy_(torch.randn(tensor.shape) * 0.2)
             elif name.endswith(_SCALES):
                 tensor.copy_(torch.rand(tensor.shape) + 0.5)
             elif name.endswith(_TABLES):
