@@ -10,6 +10,7 @@ and `docs/families.md` is its output.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,7 @@ def examine(family: str, dtype: str = "float32") -> SurveyRow:
     import torch
 
     from moescope.probe.routers import verify_routers
-    from moescope.steering.survey_checks import RECORDING, STEERING, Bench
+    from moescope.steering.survey_checks import ACTIONS, RECORDING, STEERING, Bench
 
     tiny = tiny_model(family, dtype=getattr(torch, dtype))
     model_class = type(tiny.model).__name__
@@ -118,11 +119,12 @@ def examine(family: str, dtype: str = "float32") -> SurveyRow:
         return SurveyRow(family, dtype, model_class, reason=str(error))
     bench = Bench(tiny, sites)
     outcomes = {name: _tried(check, bench) for name, check in RECORDING.items()}
-    if outcomes["verified"].held:
-        outcomes |= {name: _tried(check, bench) for name, check in STEERING.items()}
-    else:
-        refusal = _refused(bench, str(outcomes["verified"].reason))
-        outcomes |= dict.fromkeys(STEERING, refusal)
+    proved = outcomes["verified"].held
+    refusal = None if proved else _refused(bench, str(outcomes["verified"].reason))
+    for name, check in STEERING.items():
+        outcomes[name] = (
+            refusal if refusal is not None and name in ACTIONS else _tried(check, bench)
+        )
     return SurveyRow(family, dtype, model_class, tuple(site.info for site in sites), outcomes)
 
 
@@ -130,7 +132,7 @@ def _tried(check: Callable[[Any], None], bench: Any) -> Outcome:
     try:
         check(bench)
     except MoescopeError as error:
-        return Outcome(False, str(error))
+        return Outcome(False, _sentence(error))
     except Exception as error:  # a check that breaks is a check that did not hold
         return Outcome(False, f"{type(error).__name__}: {' '.join(str(error).split())}")
     return Outcome(True)
@@ -141,8 +143,13 @@ def _refused(bench: Any, reason: str) -> Outcome:
     try:
         bench.under(bench.plan("mask", bench.most))
     except MoescopeError as error:
-        return Outcome(False, str(error))
+        return Outcome(False, _sentence(error))
     return Outcome(False, f"steered, although it is not proved ({reason})")
+
+
+def _sentence(error: MoescopeError) -> str:
+    """The error without the name of the survey's own plan."""
+    return re.sub(r"^plan \S+, intervention \d+ \(\w+\): ", "", str(error))
 
 
 def _wanted(names: Iterable[str]) -> list[str | Family]:
