@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moescope.probe.batching import plan_batches
+from moescope.probe.batching import plan_batches, running_prompts
 from moescope.probe.errors import InputError
 from moescope.probe.models import ModelBundle
 from moescope.probe.rendering import RenderedPrompt
@@ -174,12 +174,13 @@ def generate_answers(
     for planned in batches:
         rows = [rendered[index].token_ids for index in planned.members]
         padded = pad_left(rows, bundle.tokenizer.pad_token_id, bundle.device)
-        found = generate_batch(
-            bundle,
-            padded,
-            max_new_tokens=max_new_tokens,
-            sampling=batch_sampling(sampling, planned.index),
-        )
+        with running_prompts([rendered[index].prompt.prompt_id for index in planned.members]):
+            found = generate_batch(
+                bundle,
+                padded,
+                max_new_tokens=max_new_tokens,
+                sampling=batch_sampling(sampling, planned.index),
+            )
         for index, answer in zip(planned.members, found, strict=True):
             answers[index] = answer
         done += len(planned.members)

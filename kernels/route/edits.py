@@ -62,8 +62,10 @@ class Edits:
         max_top_k: the largest in `top_k` where it is a tensor.
         top_p: probability to reach with the fewest experts: a number, or float[T] with NaN where
             the token keeps its number. Reading the widest token synchronizes with the device.
-        replay_ids: int64[T, K'], the experts to use, instead of all of the above.
-        replay_weights: float[T, K'], their weights.
+        top_p_limit: the most experts that `top_p` gives a token.
+        replay_ids: int64[T, K'], the experts to use, instead of all of the above; with
+            `replay_rows`, rows may end in -1 where a token uses fewer.
+        replay_weights: float[T, K'], their weights, 0 there.
         replay_rows: bool[T], the tokens that are replayed; None for all.
     """
 
@@ -83,6 +85,7 @@ class Edits:
     top_k: int | Tensor | None = None
     max_top_k: int | None = None
     top_p: float | Tensor | None = None
+    top_p_limit: int | None = None
     replay_ids: Tensor | None = None
     replay_weights: Tensor | None = None
     replay_rows: Tensor | None = None
@@ -161,9 +164,14 @@ def outranked(choice_TE: Tensor, where: Tensor) -> Tensor:
 
 
 def first_in_order(choice_TE: Tensor, ids_TK: Tensor, tiers: int) -> Tensor:
-    """Scores that put these ids first, in their order, so many tiers above the others."""
+    """Scores that put these ids first, in their order, so many tiers above; -1 stands for none."""
+    num_tokens, num_experts = choice_TE.shape
     order_K = torch.arange(ids_TK.shape[1], 0, -1, dtype=torch.float64, device=ids_TK.device)
-    return choice_TE.double().scatter(1, ids_TK, (order_K + tiers * _TIER).expand(ids_TK.shape))
+    order_TK = (order_K + tiers * _TIER).expand(ids_TK.shape)
+    spare_T1 = torch.zeros(num_tokens, 1, dtype=torch.float64, device=ids_TK.device)
+    wide = torch.cat([choice_TE.double(), spare_T1], dim=1)
+    there_TK = torch.where(ids_TK < 0, num_experts, ids_TK)
+    return wide.scatter(1, there_TK, order_TK)[:, :num_experts]
 
 
 def at_ids(values: Tensor, ids_TK: Tensor) -> Tensor:

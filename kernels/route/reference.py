@@ -90,7 +90,6 @@ def select(
         weights_TK = _with_replayed(weights_TK, edits)
         unserved_TK = None if unserved_TK is None else unserved_TK & ~edits.replay_rows[:, None]
     if unserved_TK is not None:
-        ids_TK = ids_TK.masked_fill(unserved_TK, 0)
         weights_TK = weights_TK.masked_fill(unserved_TK, 0.0)
     return weights_TK.to(weight_dtype(logits_TE, rule)), ids_TK
 
@@ -111,13 +110,15 @@ def selection_scores(
     return _biased(z_TE, scores_TE, rule, bias_E).float()
 
 
-def routing_probabilities(logits_TE: Tensor, rule: RoutingRule) -> Tensor:
+def routing_probabilities(
+    logits_TE: Tensor, rule: RoutingRule, edits: Edits | None = None
+) -> Tensor:
     """How much of a token each expert claims, float32[T, E], rows summing to 1.
 
     A softmax over all experts, or sigmoid and sqrt-softplus scores divided by their sum; the
-    selection bias is left out.
+    selection bias is left out. With edits, after those of logits.
     """
-    z_TE, scores_TE = _scored(logits_TE, replace(rule, arithmetic="float32"), None)
+    z_TE, scores_TE = _scored(logits_TE, replace(rule, arithmetic="float32"), edits)
     return _probabilities(z_TE, scores_TE, rule)
 
 
@@ -316,6 +317,8 @@ def _counts(
         p_T = torch.as_tensor(edits.top_p, dtype=torch.float32, device=choice_TE.device)
         p_T = p_T.expand(num_tokens)
         reached_T = _reaching(p_T, choice_TE, probable_TE, edits)
+        if edits.top_p_limit is not None:
+            reached_T = reached_T.clamp(max=edits.top_p_limit)
         count_T = torch.where(p_T.isnan(), count_T, reached_T)
         width = int(count_T.max()) if num_tokens else rule.top_k
     if edits.replay_ids is not None:
@@ -352,9 +355,9 @@ def _replayed(logits_TE: Tensor, rule: RoutingRule, edits: Edits) -> tuple[Tenso
 
 
 def _with_replayed(weights_TK: Tensor, edits: Edits) -> Tensor:
-    """Replayed rows with their given weights, and 0 in columns beyond them."""
+    """Replayed rows with their given weights, and 0 in columns beyond them, float32."""
     if edits.replay_weights is None or edits.replay_rows is None:
         raise ValueError("a replay needs ids and weights")
     missing = weights_TK.shape[1] - edits.replay_weights.shape[1]
-    given_TK = functional.pad(edits.replay_weights.to(weights_TK.dtype), (0, missing))
-    return torch.where(edits.replay_rows[:, None], given_TK, weights_TK)
+    given_TK = functional.pad(edits.replay_weights.float(), (0, missing))
+    return torch.where(edits.replay_rows[:, None], given_TK, weights_TK.float())

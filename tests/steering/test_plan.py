@@ -117,15 +117,21 @@ def plan_with(**change: Any) -> SteeringPlan:
 
 
 REFUSED = {
-    "action": ("bias", "intervention 1: action 'bias' is not available; available: mask, force"),
-    "mode": ("drop", "intervention 1 (mask): mode 'drop' is not available; available: replace"),
+    "action": (
+        "swap",
+        "intervention 1: action 'swap' is not available; available: mask, force, bias, scale",
+    ),
+    "mode": (
+        "skip",
+        "intervention 1 (mask): mode 'skip' is not available; available: replace, drop_renorm",
+    ),
     "via": ("max", "via 'max' is not available; available: min, inf or selection"),
     "layer": ("3", "field 'layer' is '3': it must be an integer"),
     "kind": (3, "field 'kind' is 3: it must be a valid string"),
     "experts": ([], "field 'experts' is []: it must name at least one expert"),
     "tokens": ("span", "field 'tokens' is 'span': it must be all, prompt, generated, last_prompt"),
-    "strength": ("max", "field 'strength' is not known here; known: action, layer, kind, experts"),
-    "prompt_ids": ([1], "field 'prompt_ids' is not known here; known: action"),
+    "strength": ("max", "field 'strength' is not known here; known: action, layer, layers, kind"),
+    "prompt_ids": ([1, 1], "'prompt_ids' is [1, 1]: it must name each prompt once, and 1 is"),
 }
 
 
