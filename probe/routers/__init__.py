@@ -2,6 +2,7 @@
 
 from moescope.probe.routers.contract import verify_routers
 from moescope.probe.routers.discovery import find_routers
+from moescope.probe.routers.forms import TupleForm
 from moescope.probe.routers.registry import known_families, require_moe_family
 from moescope.probe.routers.spec import (
     LayerInfo,
@@ -17,6 +18,7 @@ __all__ = [
     "RouterOutput",
     "RouterSite",
     "RouterSpec",
+    "TupleForm",
     "find_routers",
     "known_families",
     "require_moe_family",
