@@ -191,7 +191,10 @@ _OF_THE_CHOSEN = [
     ),
     _spec("gpt_oss", "GptOssTopKRouter", softmax_rules.of_the_chosen),
     _spec("granitemoe", "GraniteMoeTopKRouter", softmax_rules.of_the_chosen_in_float32),
-    _spec("granitemoe_swa", "GraniteMoeSWATopKRouter", softmax_rules.of_the_chosen_in_float32),
+    _spec(
+        "granitemoe_swa", "GraniteMoeSWATopKRouter", softmax_rules.of_the_chosen_in_float32,
+        **_BESIDE,
+    ),
     _spec(
         "granitemoehybrid", "GraniteMoeHybridTopKRouter", softmax_rules.of_the_chosen_in_float32,
         **_BESIDE,
