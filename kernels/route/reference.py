@@ -279,7 +279,10 @@ def _chosen(
     if isinstance(edits.top_k, int) and not edits.any_of("top_p", "replay_ids"):
         return _best(choice_TE, edits.top_k, rule, in_order=rule.from_table), None
     count_T, width = _counts(choice_TE, probable_TE, rule, edits)
-    ids_TK = _best(choice_TE, width, rule, in_order=True)
+    if edits.top_p is not None:  # in the order in which their probabilities were added up
+        ids_TK = _ranked(choice_TE)[:, :width]
+    else:
+        ids_TK = _best(choice_TE, width, rule, in_order=True)
     return ids_TK, torch.arange(width, device=ids_TK.device) < count_T[:, None]
 
 
@@ -300,6 +303,11 @@ def _best(choice_TE: Tensor, num: int, rule: RoutingRule, *, in_order: bool) -> 
             left_TE = left_TE.scatter(1, found[-1], -torch.inf)
         return torch.cat(found, dim=-1)
     return torch.topk(choice_TE, num, dim=-1, sorted=rule.sorted_ids or in_order).indices
+
+
+def _ranked(choice_TE: Tensor) -> Tensor:
+    """All experts, best first; ties to the lowest id."""
+    return choice_TE.sort(dim=-1, descending=True, stable=True).indices
 
 
 def _counts(
@@ -328,8 +336,7 @@ def _counts(
 
 def _reaching(p_T: Tensor, choice_TE: Tensor, probable_TE: Tensor, edits: Edits) -> Tensor:
     """The fewest experts, in rank order, whose probabilities reach p, int64[T]."""
-    order_TE = choice_TE.sort(dim=-1, descending=True, stable=True).indices
-    reached_TE = probable_TE.gather(1, order_TE).cumsum(dim=-1)
+    reached_TE = probable_TE.gather(1, _ranked(choice_TE)).cumsum(dim=-1)
     count_T = (reached_TE < p_T[:, None]).sum(dim=-1) + 1
     if edits.forced is not None:
         count_T = torch.maximum(count_T, edits.forced.sum(dim=-1))
