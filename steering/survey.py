@@ -109,7 +109,8 @@ def examine(family: str, dtype: str = "float32") -> SurveyRow:
     import torch
 
     from moescope.probe.routers import verify_routers
-    from moescope.steering.survey_checks import ACTIONS, RECORDING, STEERING, Bench
+    from moescope.steering.survey_bench import Bench
+    from moescope.steering.survey_checks import ACTIONS, RECORDING, STEERING
 
     tiny = tiny_model(family, dtype=getattr(torch, dtype))
     model_class = type(tiny.model).__name__

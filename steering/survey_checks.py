@@ -9,136 +9,26 @@ Letters: T rows that passed a router, K experts per token, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moescope.probe.errors import MoescopeError, PlanError
+from moescope.probe.errors import PlanError
 from moescope.probe.recording import record
 from moescope.probe.routers import RouterSite
-from moescope.probe.zoo.build import TinyModel
-from moescope.probe.zoo.capture import Arrived, capture, without_weights
-from moescope.steering.apply import steer
+from moescope.probe.zoo.capture import Arrived, without_weights
 from moescope.steering.plan import Intervention, SteeringPlan
-from moescope.steering.report import SteeringReport
+from moescope.steering.survey_bench import Bench, CheckError, counts_of
 
 #: Raised inside a forward by the check that nothing is left behind then.
 _STOP = "the survey stopped this forward on purpose"
 
 
-class CheckError(MoescopeError):
-    """A check of the survey does not hold."""
-
-
 class _StopError(Exception):
     """Not one of ours, so that nobody catches it by accident."""
-
-
-@dataclass
-class Bench:
-    """A tiny model with what its checks share.
-
-    Attributes:
-        tiny: the model and its inputs.
-        sites: its routers, as `verify_routers` proved them.
-    """
-
-    tiny: TinyModel
-    sites: list[RouterSite]
-
-    @property
-    def tolerance(self) -> float:
-        """Relative difference that rounding alone makes between two ways to compute a weight."""
-        return 1e-5 if next(self.tiny.model.parameters()).dtype == torch.float32 else 2e-2
-
-    def output(self) -> Tensor:
-        """The model's output: logits, or the last hidden state."""
-        with torch.no_grad():
-            found: Tensor = self.tiny.model(**self.tiny.inputs)[0]
-        return found
-
-    @cached_property
-    def base(self) -> tuple[Tensor, dict[str, Arrived]]:
-        """The output without steering, and what arrived at the experts then."""
-        with capture(self.sites) as caught:
-            output = self.output()
-        return output, dict(caught.layers)
-
-    @cached_property
-    def active(self) -> list[RouterSite]:
-        """The layers whose experts ran: not those of a modality that the inputs do not have."""
-        return [site for site in self.sites if site.info.module in self.base[1]]
-
-    @cached_property
-    def used(self) -> dict[str, tuple[int, int]]:
-        """Router's name -> its most and its least used expert with weights of its own."""
-        found = {}
-        for site in self.active:
-            counts = counts_of(site, self.base[1][site.info.module])
-            rule = site.info.rule
-            own = counts[: rule.num_experts - rule.num_zero_experts - rule.has_skip]
-            found[site.info.module] = (int(own.argmax()), int(own.argmin()))
-        return found
-
-    @property
-    def most(self) -> dict[str, int]:
-        """Router's name -> the expert that most tokens use."""
-        return {module: pair[0] for module, pair in self.used.items()}
-
-    @property
-    def least(self) -> dict[str, int]:
-        """Router's name -> the expert that fewest tokens use."""
-        return {module: pair[1] for module, pair in self.used.items()}
-
-    def plan(self, action: str, experts: Mapping[str, int] | None = None, **fields: Any) -> Any:
-        """One intervention of this action on every layer, on one expert each."""
-        return SteeringPlan(
-            interventions=[
-                Intervention(
-                    action=action, layer=site.info.layer, kind=site.info.kind,
-                    **({} if experts is None else {"experts": [experts[site.info.module]]}),
-                    **fields,
-                )
-                for site in self.active
-            ]
-        )  # fmt: skip
-
-    @contextmanager
-    def steered(self, plan: SteeringPlan, **options: Any) -> Iterator[SteeringReport]:
-        """Steering with the proved routers."""
-        with steer(self.tiny.model, plan, sites=self.sites, **options) as report:
-            yield report
-
-    def under(self, plan: SteeringPlan, **options: Any) -> tuple[Tensor, dict[str, Arrived]]:
-        """The output under a plan, and what arrived at the experts."""
-        with self.steered(plan, **options), capture(self.sites) as caught:
-            output = self.output()
-        return output, dict(caught.layers)
-
-    def expert_rows(self, site: RouterSite) -> int:
-        """How many rows pass this layer's router."""
-        return int(self.recorded_ids[site.info.module].shape[0])
-
-    @cached_property
-    def recorded_ids(self) -> dict[str, Tensor]:
-        """Router's name -> recorded ids of a forward without steering, int64[T, K]."""
-        with record(self.tiny.model, sites=self.sites) as trace:
-            self.output()
-        keys = {site.info.module: (site.info.layer, site.info.kind) for site in self.active}
-        return {module: trace[key].expert_ids for module, key in keys.items()}
-
-
-def counts_of(site: RouterSite, arrived: Arrived) -> Tensor:
-    """Tokens per expert at the experts' input, int64[E]."""
-    if arrived.counts is None:
-        raise CheckError(f"{site.where}: what its experts receive cannot be counted")
-    return arrived.counts
 
 
 def _slots(bench: Bench, site: RouterSite, arrived: Arrived, plan: SteeringPlan) -> int:
@@ -147,6 +37,9 @@ def _slots(bench: Bench, site: RouterSite, arrived: Arrived, plan: SteeringPlan)
     JetMoE's attention experts always get K slots a token and see no weights, so slots that are not
     in use have weight 0 in what the router handed on.
     """
+    if site.info.rule.has_skip and arrived.expert_ids is not None:
+        skipped = arrived.expert_ids == site.info.num_experts - 1
+        return int(skipped.sum() + counts_of(site, arrived)[:-1].sum())
     if arrived.expert_ids is not None or site.info.kind != "attention":
         return int(counts_of(site, arrived).sum())
     with bench.steered(plan), record(bench.tiny.model, sites=bench.sites) as trace:
@@ -161,11 +54,10 @@ def _require(holds: bool, site: RouterSite, what: str) -> None:
 
 def recorded(bench: Bench) -> None:
     """Recorded ids and weights are those that arrived at the experts, to the bit."""
-    with record(bench.tiny.model, sites=bench.sites) as trace, capture(bench.sites) as caught:
-        bench.output()
+    trace, _ = bench.unsteered
     for site in bench.active:
         layer = trace[site.info.layer, site.info.kind]
-        arrived = caught[site]
+        arrived = bench.before(site)
         _require(bool(torch.isfinite(layer.logits).all()), site, "a recorded logit is not finite")
         if arrived.expert_ids is None or arrived.weights is None:
             weighted = layer.expert_ids[layer.weights != 0]
@@ -189,7 +81,7 @@ def verified(bench: Bench) -> None:
 def empty_plan(bench: Bench) -> None:
     """A plan without interventions leaves the output as it is, to the bit."""
     output, _ = bench.under(SteeringPlan())
-    if not torch.equal(output, bench.base[0]):
+    if not torch.equal(output, bench.base):
         raise CheckError("an empty plan changes the output")
 
 
@@ -203,6 +95,8 @@ def masked(bench: Bench) -> None:
             left = int(counts_of(site, arrived[site.info.module])[experts[site.info.module]])
             _require(left == 0, site, f"{left} tokens reach an expert masked via {via}")
         _require_changed(bench, output, f"masking via {via}")
+        if via != "min":
+            continue  # the same hooks with other scores
         with without_weights([(site, experts[site.info.module]) for site in bench.active]):
             without, _ = bench.under(plan)
         if not torch.equal(output, without):
@@ -216,31 +110,36 @@ def forced(bench: Bench) -> None:
         plan = bench.plan("force", experts, strength=strength)
         output, arrived = bench.under(plan)
         for site in bench.active:
-            rows = bench.expert_rows(site)
+            rows = bench.num_rows(site)
             got = int(counts_of(site, arrived[site.info.module])[experts[site.info.module]])
             what = f"{got} of {rows} tokens reach an expert forced with strength {strength}"
+            if site.info.rule.capacity is not None:
+                what += f"; it takes {site.info.rule.capacity} of each sequence (its capacity)"
             _require(got == rows, site, what)
         if strength == "natural":
             continue  # a weight may be small enough to vanish in the output
         with without_weights([(site, experts[site.info.module]) for site in bench.active]):
             without, _ = bench.under(plan)
-        if not bool((output != without).flatten(2).any(-1).all()):
+        changed = (output != without).flatten(2).any(-1)
+        if not bool((changed | ~bench.is_text).all()):
             raise CheckError("the output of some token does not depend on the forced experts")
 
 
 def biased(bench: Bench) -> None:
-    """A bias upwards takes no token from its expert and changes its weight, at the first layer."""
+    """A bias downwards gives no token to its expert and lowers its weight, at the first layer."""
     site = bench.active[0]
-    expert = bench.least[site.info.module]
+    expert = bench.most[site.info.module]
     settings: list[dict[str, Any]] = [
-        {"value": 2.0}, {"value": 1.0, "unit": "std"}, {"value": 1.0, "on": "selection"},
+        {"value": -2.0}, {"value": -1.0, "unit": "std"}, {"value": -1.0, "on": "selection"},
     ]  # fmt: skip
+    before = counts_of(site, bench.before(site))[expert]
     for setting in settings:
-        output, arrived = bench.under(bench.plan("bias", bench.least, **setting))
-        before = counts_of(site, bench.base[1][site.info.module])[expert]
+        output, arrived = bench.under(bench.plan("bias", bench.most, **setting))
         after = counts_of(site, arrived[site.info.module])[expert]
-        _require(bool(after >= before), site, f"a bias of {setting} takes tokens from its expert")
-        if setting.get("on") == "selection" and site.info.rule.from_table:
+        _require(bool(after <= before), site, f"a bias of {setting} gives tokens to its expert")
+        if setting.get("on") == "selection" and all(
+            one.info.rule.from_table for one in bench.active
+        ):
             continue  # ids come from a table: no score to add to
         _require_changed(bench, output, f"a bias of {setting}")
 
@@ -251,7 +150,7 @@ def scaled(bench: Bench) -> None:
     expert = bench.most[site.info.module]
     output, arrived = bench.under(bench.plan("scale", bench.most, value=2.0))
     _require_changed(bench, output, "scaling")
-    before, after = bench.base[1][site.info.module], arrived[site.info.module]
+    before, after = bench.before(site), arrived[site.info.module]
     if before.weights is not None and after.weights is not None:
         assert before.expert_ids is not None
         factor = torch.where(before.expert_ids == expert, 2.0, 1.0)
@@ -259,7 +158,8 @@ def scaled(bench: Bench) -> None:
             bench, site, after.weights, before.weights.float() * factor, "scaled weights"
         )
     output, arrived = bench.under(bench.plan("scale", bench.most, value=2.0, renormalize=True))
-    _require_changed(bench, output, "scaling with renormalization")
+    if any(one.info.top_k > 1 for one in bench.active):  # one weight alone keeps its sum
+        _require_changed(bench, output, "scaling with renormalization")
     after = arrived[site.info.module]
     if before.weights is not None and after.weights is not None:
         sums = [one.float().sum(-1) for one in (after.weights, before.weights)]
@@ -273,16 +173,21 @@ def dropped(bench: Bench) -> None:
         plan = bench.plan("mask", experts, mode=mode)
         output, arrived = bench.under(plan)
         for site in bench.active:
-            left = int(counts_of(site, arrived[site.info.module])[experts[site.info.module]])
+            got = arrived[site.info.module]
+            if got.weights is None:
+                continue  # counts there include slots of weight 0; the weights of experts tell
+            left = int(counts_of(site, got)[experts[site.info.module]])
             _require(left == 0, site, f"{left} tokens give weight to a dropped expert ({mode})")
         _require_changed(bench, output, f"mode {mode}")
+        if mode != "drop":
+            continue  # the same hooks with other weights for the rest
         with without_weights([(site, experts[site.info.module]) for site in bench.active]):
             without, _ = bench.under(plan)
         if not torch.equal(output, without):
             raise CheckError(f"the weights of dropped experts still matter ({mode})")
         site = bench.active[0]
-        before, after = bench.base[1][site.info.module], arrived[site.info.module]
-        if mode == "drop" and before.weights is not None and after.weights is not None:
+        before, after = bench.before(site), arrived[site.info.module]
+        if before.weights is not None and after.weights is not None:
             assert before.expert_ids is not None
             expected = before.weights.masked_fill(before.expert_ids == experts[site.info.module], 0)
             same = torch.equal(_by_expert(site, after), _by_expert(site, before, expected))
@@ -311,7 +216,7 @@ def top_k(bench: Bench) -> None:
             refusals.append(error)
             continue
         for site in sites:
-            wanted = bench.expert_rows(site) * (site.info.top_k + change)
+            wanted = bench.num_rows(site) * (site.info.top_k + change)
             got = _slots(bench, site, arrived[site.info.module], plan)
             _require(got == wanted, site, f"{got} slots reach its experts, not {wanted}")
         _require_changed(bench, output, "another number of experts")
@@ -324,7 +229,7 @@ def top_p(bench: Bench) -> None:
     plan = bench.plan("top_p", value=1e-6)
     output, arrived = bench.under(plan)
     for site in bench.active:
-        rows = bench.expert_rows(site)
+        rows = bench.num_rows(site)
         got = _slots(bench, site, arrived[site.info.module], plan)
         _require(got == rows, site, f"{got} slots reach its experts, not one for each of {rows}")
     if any(site.info.top_k > 1 for site in bench.active):
@@ -350,7 +255,7 @@ def replayed(bench: Bench) -> None:
 
 def restored(bench: Bench) -> None:
     """After all of the above the output is what it was, to the bit, and no hook is left."""
-    if not torch.equal(bench.output(), bench.base[0]):
+    if not torch.equal(bench.output(), bench.base):
         raise CheckError("the output after leaving is not what it was before")
 
 
@@ -377,7 +282,7 @@ def after_an_error(bench: Bench) -> None:
         raise CheckError("the exception did not come through")
     if _traces_of_hooks(bench.tiny.model) != before:
         raise CheckError("an exception leaves a hook behind")
-    if not torch.equal(bench.output(), bench.base[0]):
+    if not torch.equal(bench.output(), bench.base):
         raise CheckError("the output after an exception is not what it was before")
 
 
@@ -397,7 +302,7 @@ def _traces_of_hooks(model: nn.Module) -> list[tuple[Any, ...]]:
 def _require_changed(bench: Bench, output: Tensor, what: str) -> None:
     if not bool(torch.isfinite(output).all()):
         raise CheckError(f"the output is not finite under {what}")
-    if torch.equal(output, bench.base[0]):
+    if torch.equal(output, bench.base):
         raise CheckError(f"{what} does not change the output")
 
 
