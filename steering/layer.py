@@ -306,7 +306,7 @@ def _as_rows(row: bool | Tensor, like_TK: Tensor) -> Tensor:
     return torch.full(like_TK.shape[:1], row, dtype=torch.bool, device=like_TK.device)
 
 
-def _united(parts: Sequence[tuple[Tensor | bool, Replayed]]) -> dict[str, Tensor | None]:
+def _united(parts: Sequence[tuple[Tensor | bool, Replayed]]) -> dict[str, Any]:
     """One replay out of several, each on its own rows."""
     if len(parts) == 1 and parts[0][0] is True:
         _, part = parts[0]
