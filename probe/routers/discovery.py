@@ -19,6 +19,9 @@ from moescope.probe.routers.implementations import (
 from moescope.probe.routers.registry import require_moe_family, text_config
 from moescope.probe.routers.spec import LayerInfo, RouterSite, RouterSpec
 
+#: The first number in a module's name is its layer.
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
 
 def find_routers(model: nn.Module) -> list[RouterSite]:
     """The routed layers of a model in forward order.
@@ -52,7 +55,19 @@ def find_routers(model: nn.Module) -> list[RouterSite]:
             f"{type(model).__name__} has no module of class {spec.router_class}, where the "
             f"routers of {spec.family} are expected; {cause}"
         )
-    return sites
+    return _in_forward_order(sites)
+
+
+def _in_forward_order(sites: list[RouterSite]) -> list[RouterSite]:
+    """Layer by layer, attention before what follows it; modules are listed as they were made."""
+    stacks: dict[str, int] = {}
+
+    def key(site: RouterSite) -> tuple[int, int, bool]:
+        stack = _LAYER.split(site.info.module, maxsplit=1)[0]
+        order = stacks.setdefault(stack, len(stacks))
+        return order, site.info.layer, site.info.kind != "attention"
+
+    return sorted(sites, key=key)
 
 
 def _site(
@@ -66,7 +81,7 @@ def _site(
     router, block_name = modules[name], name.rpartition(".")[0]
     block, around = modules[block_name], modules[block_name.rpartition(".")[0]]
     experts = getattr(block, spec.experts_name, None)
-    found = re.search(r"(?:^|\.)(\d+)\.", name)
+    found = _LAYER.search(name)
     if not isinstance(experts, nn.Module) or found is None:
         raise RecordingError(
             f"router {name} has no layer number in its name, or no `{spec.experts_name}` module "
@@ -91,7 +106,16 @@ def _site(
         implementation=implementation_of(router, block, experts),
     )
     find_bias = _no_bias if spec.bias is None else partial(spec.bias, router, block)
-    return RouterSite(info, router, experts, block, spec.form, find_bias, spec.record_only)
+    return RouterSite(
+        info=info,
+        router=router,
+        experts=experts,
+        block=block,
+        form=spec.form,
+        find_bias=find_bias,
+        record_only=spec.record_only,
+        more_experts=tuple(modules[f"{block_name}.{other}"] for other in spec.more_experts),
+    )
 
 
 def _no_bias() -> Tensor | None:

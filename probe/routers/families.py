@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moescope.probe.routers import sigmoid_rules, softmax_rules
 from moescope.probe.routers.forms import (
+    AtLeastTwoForm,
     ScaledProbabilityForm,
     SharedGammasForm,
     SkipClassForm,
@@ -149,7 +150,10 @@ _SOFTMAX = [
     ),
     _spec("mistral4", "Mistral4TopkRouter", softmax_rules.mistral4, **_SHARED),
     _spec("mistral_large4", "MistralLarge4TextTopkRouter", softmax_rules.mistral_large4, **_SHARED),
-    _spec("longcat_flash", "LongcatFlashTopkRouter", softmax_rules.longcat, bias=_correction),
+    _spec(
+        "longcat_flash", "LongcatFlashTopkRouter", softmax_rules.longcat, bias=_correction,
+        form=AtLeastTwoForm(),
+    ),
     _spec(
         "ernie4_5_moe", "Ernie4_5_MoeTopKRouter", softmax_rules.ernie, bias=_statics,
         shared_name="shared_experts", shared_count="moe_num_shared_experts",
@@ -209,7 +213,7 @@ _OF_THE_CHOSEN = [
     _spec("cohere2_moe", "Cohere2MoeTopKRouter", softmax_rules.cohere2, **_NUM_SHARED),
     _spec(
         "jetmoe", "JetMoeTopKGating", softmax_rules.of_the_chosen_in_float32, form=DispatchForm(),
-        experts_name="input_linear", kind=attention_or_mlp,
+        experts_name="input_linear", more_experts=("output_linear",), kind=attention_or_mlp,
     ),
     _spec(
         "llama4", "Llama4Router", sigmoid_rules.llama4, form=DenseScoreForm(), **_ONE_SHARED
@@ -283,6 +287,7 @@ _SIGMOID = [
 
 _DOGE = _spec(
     "doge", "Linear", softmax_rules.doge, form=ProductKeyForm(), experts_name="down_embed",
+    more_experts=("up_embed",),
     covers=lambda name: name.endswith(".router_gate"), is_routed=_is_moe,
     record_only=(
         "selection by product keys and the experts are one block, so nothing between them can be "

@@ -65,6 +65,23 @@ class TupleForm:
         return torch.bincount(ids[weights != 0], minlength=site.info.num_experts)
 
 
+class AtLeastTwoForm(TupleForm):
+    """LongCat-Flash: the tuple, but its experts fail on one expert a token.
+
+    `LongcatFlashExperts.forward` squeezes the axis of slots away where it has length 1. One expert
+    a token is written with a second slot beside it: the same expert again, with weight 0.
+    """
+
+    def write(
+        self, site: RouterSite, args: tuple[Any, ...], output: Any, weights: Tensor, ids: Tensor
+    ) -> Any:
+        """The router's tuple with weights and ids replaced."""
+        if ids.shape[1] == 1:
+            ids = ids.expand(-1, 2)
+            weights = torch.cat([weights, torch.zeros_like(weights)], dim=1)
+        return super().write(site, args, output, weights, ids)
+
+
 class ScaledProbabilityForm(TupleForm):
     """Gemma 4: probabilities in place of logits, and a learned factor per expert."""
 

@@ -98,6 +98,7 @@ class RouterSpec:
         model_types: `model_type` of the whole model and of its text part, where one of them
             differs from `family`.
         experts_name: attribute of the router's parent that holds the routed experts.
+        more_experts: further attributes of it with weights of the same experts.
         shared_name: attribute of the parent that holds the shared experts, if any; they count as
             one where no number is configured.
         shared_count: configuration field with the number of shared experts in `shared_name`.
@@ -118,6 +119,7 @@ class RouterSpec:
     form: RouterForm
     model_types: tuple[str, ...] = ()
     experts_name: str = "experts"
+    more_experts: tuple[str, ...] = ()
     shared_name: str | None = None
     shared_count: str | None = None
     shared_beside: bool = False
@@ -170,6 +172,7 @@ class RouterSite:
         form: how the router hands over its decision.
         find_bias: gives the live selection bias float[E]; None where the rule has none.
         record_only: why it can be recorded but not steered, where the family as a whole cannot.
+        more_experts: other modules with weights of the same experts.
     """
 
     info: LayerInfo
@@ -179,6 +182,12 @@ class RouterSite:
     form: RouterForm
     find_bias: Callable[[], Tensor | None] = field(default=lambda: None)
     record_only: str | None = None
+    more_experts: tuple[nn.Module, ...] = ()
+
+    @property
+    def expert_modules(self) -> tuple[nn.Module, ...]:
+        """Every module that holds weights of the routed experts."""
+        return (self.experts, *self.more_experts)
 
     @property
     def where(self) -> str:
