@@ -19,9 +19,9 @@ from moescope.probe.storage.runs import run_folder
 from moescope.probe.storage.store import Store
 
 MOESCOPE = str(Path(sys.executable).with_name("moescope"))
-COMMANDS = ["demo", "doctor", "families", "models list", "models save", "trace", "runs", 
-            "store verify", "analyze", "contrast", "plan from-table", "plan show", "plan check", "generate",
-            "evaluate", "dashboard"]  # fmt: skip
+COMMANDS = ["demo", "doctor", "families", "models list", "models save", "trace", "runs",
+            "store verify", "analyze", "contrast", "plan from-table", "plan show", "plan check",
+            "generate", "evaluate", "dashboard"]  # fmt: skip
 
 
 def moescope(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -139,12 +139,12 @@ def test_fewer_experts_can_be_written_where_the_family_takes_them(row: str) -> N
 
 
 def test_forms_that_take_only_some_numbers_say_so() -> None:
-    more = (
-        lambda found: (  # noqa: E731
+    def more(found):
+        return (
             torch.cat([found.weights, found.weights[:, :1]], 1),
             torch.cat([found.expert_ids, (found.expert_ids[:, :1] + 3) % 8], 1),
         )
-    )
+
     for row, words in (("switch_transformers", "one expert"), ("jetmoe", "at most 2 experts")):
         tiny = built(row)
         before = output_of(tiny)
