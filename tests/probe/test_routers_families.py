@@ -17,6 +17,8 @@ from moescope.probe.routers.families import FAMILIES
 from moescope.probe.routers.spec import RouterSpec
 from moescope.probe.zoo import TinyModel, families, tiny_model
 
+pytestmark = pytest.mark.families
+
 ROWS = [row for family in families() for row in family.rows]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: Families whose layers can be recorded only, and why.

@@ -17,6 +17,8 @@ from moescope.probe.routers import RouterOutput, RouterSite, find_routers
 from moescope.probe.zoo import TinyModel, families, tiny_model
 from moescope.probe.zoo.capture import without_weights
 
+pytestmark = pytest.mark.families
+
 RECORD_ONLY = ("doge", "nllb_moe")
 ROWS = [
     row

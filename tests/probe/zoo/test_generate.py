@@ -19,6 +19,8 @@ from moescope.probe.zoo import tiny_model
 from moescope.probe.zoo.recipes import RECIPES
 from moescope.probe.zoo.wholes import WHOLES
 
+pytestmark = pytest.mark.families
+
 TOLERANCE = 1e-5
 NEW_TOKENS = 5
 PROMPT_LENGTHS = (4, 9, 6)

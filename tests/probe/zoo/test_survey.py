@@ -19,6 +19,8 @@ from moescope.steering import survey_checks
 from moescope.steering.survey import DTYPES, SurveyRow, examine, survey
 from moescope.steering.survey_checks import CHECKS, RECORDING, STEERING, Bench, CheckError
 
+pytestmark = pytest.mark.families
+
 ROWS = [row for family in families() for row in family.rows]
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "families.md"
 

@@ -14,6 +14,8 @@ from moescope.probe.zoo.recipes import RECIPES
 from moescope.probe.zoo.walk import NOT_ROUTED
 from moescope.probe.zoo.wholes import WHOLES
 
+pytestmark = pytest.mark.families
+
 ROWS = [row for family in families() for row in family.rows]
 
 #: Routers and experts by class name; Granite Docling's router says how finely an image is read.
