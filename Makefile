@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 STORE ?= out/demo.duckdb
 PORT ?= 8501
 
-.PHONY: help setup demo test lint types soak bench train-demo clean
+.PHONY: help setup demo test test-families lint types soak bench train-demo clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,7 +32,10 @@ demo: setup ## trace, analyse and steer the demo model, then open the dashboard 
 	$(BIN)/moescope demo --store $(STORE) $(if $(CHECK),--check,--port $(PORT))
 
 test: setup ## all tests but the long ones
-	$(BIN)/python -m pytest -m "not soak" -n $(WORKERS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -m "not soak and not families" -n $(WORKERS) --dist loadgroup $(ARGS)
+
+test-families: setup ## recording and steering of every model family on tiny models
+	$(BIN)/python -m pytest -m "families and not soak" -n $(WORKERS) $(ARGS)
 
 soak: setup ## the long tests (SOAK=share runs that share of the repetitions, default 1)
 	MOESCOPE_SOAK=$(or $(SOAK),1) $(BIN)/python -m pytest -m soak $(ARGS)

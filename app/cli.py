@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from moescope.app.commands import analyze, demo, inspect, shipped, steer, trace
+from moescope.app.commands import analyze, demo, families, inspect, shipped, steer, trace
 from moescope.probe.errors import InputError, MoescopeError
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ shipped.register(app)
 trace.register(app)
 analyze.register(app)
 steer.register(app)
+families.register(app)
 
 
 def _show_version(wanted: bool) -> None:

@@ -6,8 +6,27 @@ batches, and routing (which depends a little on the batch at float precision) co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+
+_RUNNING: ContextVar[tuple[int, ...] | None] = ContextVar("running_prompts", default=None)
+
+
+@contextmanager
+def running_prompts(prompt_ids: Sequence[int]) -> Iterator[None]:
+    """Say which prompts the forwards inside the block run, one a sequence, in order."""
+    token = _RUNNING.set(tuple(prompt_ids))
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+
+
+def prompts_running() -> tuple[int, ...] | None:
+    """The prompts of the forwards that run now, or None where nobody said."""
+    return _RUNNING.get()
 
 
 @dataclass(frozen=True)

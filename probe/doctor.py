@@ -39,11 +39,13 @@ class Examination:
     def lines(self) -> list[str]:
         """The examination in sentences."""
         refused = [info for info in self.layers if not info.verified]
+        reasons = dict.fromkeys(str(info.reason) for info in refused)
+        computed = sorted({info.implementation for info in self.layers})
         steering = (
             "verified on every layer: it can be recorded and steered"
             if not refused
             else f"{len(refused)} of {len(self.layers)} layers cannot be verified: they can be "
-            f"recorded but not steered ({refused[0].reason})"
+            f"recorded but not steered ({'; '.join(reasons)})"
         )
         return [
             f"{self.name}: family {self.family}, {len(self.layers)} routed layers, "
@@ -52,6 +54,7 @@ class Examination:
             f"token; {self.parameter_bytes / 1e9:.2f} GB of memory",
             f"a trace at level topk: {self.trace_bytes_per_token:,} bytes a token before "
             "compression",
+            f"experts computed by: {', '.join(computed)}",
             f"routing: {steering}",
         ]
 
@@ -72,6 +75,7 @@ class Examination:
                 "layer": info.layer, "kind": info.kind, "module": info.module,
                 "num_experts": info.num_experts, "top_k": info.top_k,
                 "num_shared_experts": info.num_shared_experts, "rule": info.rule.to_json(),
+                "implementation": info.implementation,
                 "verified": info.verified, "reason": info.reason,
             }
             for info in self.layers
@@ -110,5 +114,6 @@ def examine(bundle: ModelBundle) -> Examination:
 def _idle_parameters(site: RouterSite) -> int:
     """Parameters of the experts that a token does not select."""
     held = sum(parameter.numel() for parameter in site.experts.parameters())
-    idle_share = (site.info.num_experts - site.info.top_k) / site.info.num_experts
-    return round(held * idle_share)
+    rule = site.info.rule
+    real = rule.num_experts - rule.num_zero_experts - int(rule.has_skip)
+    return round(held * max(0, real - rule.top_k) / real)

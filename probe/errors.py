@@ -9,6 +9,7 @@
     │   ├── AnalysisInputError  an analysis asked for what the run cannot answer
     │   └── PlanError         a steering plan that is malformed or does not fit the model
     ├── RecordingError        routing that would have been recorded wrongly: stopped instead
+    │   └── UnknownRoutingError  a part of a router's selection rule that cannot be read
     └── StoreBusyError        the store stayed locked by others for longer than we wait
 
 One sentence each: what was wrong, where, and what would be right.
@@ -51,6 +52,10 @@ class PlanError(InputError):
 
 class RecordingError(MoescopeError):
     """Routing that would have been recorded wrongly; the message names the layer and the reason."""
+
+
+class UnknownRoutingError(RecordingError):
+    """A part of a router's selection rule cannot be read; the message names router and part."""
 
 
 class StoreBusyError(MoescopeError):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moescope.probe.batching import plan_batches
+from moescope.probe.batching import plan_batches, running_prompts
 from moescope.probe.errors import InputError
 from moescope.probe.models import ModelBundle
 from moescope.probe.rendering import RenderedPrompt
@@ -108,6 +108,9 @@ def generate_batch(
     chance = {"temperature": sampling.temperature, "top_p": sampling.top_p}
     config = GenerationConfig(
         do_sample=sampling.do_sample,
+        # Said outright, because what is left open is taken from the checkpoint: one row a prompt.
+        num_beams=1,
+        num_return_sequences=1,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends) or None,
         pad_token_id=bundle.tokenizer.pad_token_id,
@@ -171,12 +174,13 @@ def generate_answers(
     for planned in batches:
         rows = [rendered[index].token_ids for index in planned.members]
         padded = pad_left(rows, bundle.tokenizer.pad_token_id, bundle.device)
-        found = generate_batch(
-            bundle,
-            padded,
-            max_new_tokens=max_new_tokens,
-            sampling=batch_sampling(sampling, planned.index),
-        )
+        with running_prompts([rendered[index].prompt.prompt_id for index in planned.members]):
+            found = generate_batch(
+                bundle,
+                padded,
+                max_new_tokens=max_new_tokens,
+                sampling=batch_sampling(sampling, planned.index),
+            )
         for index, answer in zip(planned.members, found, strict=True):
             answers[index] = answer
         done += len(planned.members)

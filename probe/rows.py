@@ -1,4 +1,4 @@
-"""From one recorded batch to the rows of the store: prompts, tokens, routing, usage.
+"""From one recorded batch to the rows of the store: prompts, tokens, routing, usage, probabilities.
 
 Padding is dropped here, and every recorded row is tied to the token it routed. Letters: N routed
 tokens of the batch, K experts per token, E routed experts, G groups of tokens (prompt, phase,
@@ -12,22 +12,25 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from moescope.kernels.route import selection_scores
 from moescope.probe.errors import RecordingError
 from moescope.probe.generation import Answer
+from moescope.probe.layer_rows import (
+    Array,
+    Groups,
+    RankedLayer,
+    lists_of,
+    rank_layer,
+    usage_table,
+)
 from moescope.probe.outcomes import judge
-from moescope.probe.recording import LayerTrace, Trace
+from moescope.probe.recording import RecordLevel, Trace
 from moescope.probe.rendering import RenderedPrompt
 from moescope.probe.routers import LayerInfo
-
-RecordLevel = Literal["usage", "topk"]
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -57,22 +60,25 @@ def batch_tables(
     Args:
         batch: what was recorded.
         layers: the layers to keep.
-        level: `usage` leaves the table `routing` out.
+        level: `usage` leaves the table `routing` out, `probs` adds `router_probs`.
         tokenizer: for the text of single tokens.
 
     Raises:
         RecordingError: what was recorded does not add up.
     """
     tokens = _token_columns(batch, tokenizer)
-    routed = _routed_rows(batch)
-    groups = _Groups.of(tokens, routed)
+    routed = _routed_rows(batch, layers)
+    groups = Groups.of(tokens, routed.prompt_id, routed.position)
     routing: list[pa.Table] = []
+    probs: list[pa.Table] = []
     usage: list[pa.Table] = []
     for info in layers:
-        layer = _ranked(info, batch.trace[info.layer], routed.recorded_row)
-        usage.append(_usage_table(info, layer, groups))
-        if level == "topk":
+        layer = rank_layer(info, batch.trace[info.layer, info.kind], routed.recorded_row)
+        usage.append(usage_table(info, layer, groups))
+        if level != "usage":
             routing.append(_routing_table(info, layer, routed))
+        if level == "probs":
+            probs.append(_probs_table(info, layer, routed))
     tables = {
         "prompts": pa.table(_prompt_columns(batch)),
         "tokens": pa.table({name: pa.array(column) for name, column in tokens.items()}),
@@ -80,6 +86,8 @@ def batch_tables(
     }
     if routing:
         tables["routing"] = pa.concat_tables(routing)
+    if probs:
+        tables["router_probs"] = pa.concat_tables(probs)
     return tables
 
 
@@ -180,11 +188,11 @@ class _RoutedRows:
     position: Array
 
 
-def _routed_rows(batch: RecordedBatch) -> _RoutedRows:
+def _routed_rows(batch: RecordedBatch, layers: Sequence[LayerInfo]) -> _RoutedRows:
     lengths = [len(rendered) for rendered in batch.rendered]
     num_written = [len(ids) for ids in _generated_ids(batch)]
     num_rows, width = len(lengths), max(lengths)
-    _check_forwards(batch, num_rows, width, num_forwards=max(1, *num_written))
+    _check_forwards(batch.trace, layers, num_rows, width, num_forwards=max(1, *num_written))
     recorded: list[Array] = []
     positions: list[Array] = []
     for row, (length, written) in enumerate(zip(lengths, num_written, strict=True)):
@@ -200,18 +208,20 @@ def _routed_rows(batch: RecordedBatch) -> _RoutedRows:
     )
 
 
-def _check_forwards(batch: RecordedBatch, num_rows: int, width: int, num_forwards: int) -> None:
+def _check_forwards(
+    trace: Trace, layers: Sequence[LayerInfo], num_rows: int, width: int, num_forwards: int
+) -> None:
     """One prefill over the padded prompts, then one row per prompt and decoding step."""
-    forwards = batch.trace.forwards
-    if len(forwards) != num_forwards:
+    if len(trace.forwards) != num_forwards:
         raise RecordingError(
-            f"the model ran {len(forwards)} forwards where {num_forwards} were expected for "
+            f"the model ran {len(trace.forwards)} forwards where {num_forwards} were expected for "
             f"{num_rows} prompts; its rows cannot be tied to tokens"
         )
-    for index, forward in enumerate(forwards):
+    for index, forward in enumerate(trace.forwards):
         expected = num_rows * (width if index == 0 else 1)
-        for info in batch.trace.layers:
-            found = forward[info.layer].expert_ids.shape[0]
+        for info in layers:
+            rows = forward.rows.get(info.module)
+            found = 0 if rows is None else rows.expert_ids.shape[0]
             if found != expected:
                 raise RecordingError(
                     f"layer {info.layer} ({info.module}) routed {found} tokens in forward "
@@ -219,36 +229,7 @@ def _check_forwards(batch: RecordedBatch, num_rows: int, width: int, num_forward
                 )
 
 
-@dataclass(frozen=True)
-class _RankedLayer:
-    """One layer's routed tokens, experts by rank: float[N, K], int[N, K], float[N, E]."""
-
-    weights: Array
-    expert_ids: Array
-    probs: Array
-
-
-def _ranked(info: LayerInfo, trace: LayerTrace, rows: Array) -> _RankedLayer:
-    """Pick the batch's real tokens and put each token's experts in rank order."""
-    where = f"layer {info.layer} ({info.module})"
-    weights = trace.weights.float().numpy()[rows]
-    ids = trace.expert_ids.numpy()[rows]
-    probs = selection_scores(trace.logits, info.rule).numpy()[rows]
-    if not (np.isfinite(weights).all() and np.isfinite(probs).all()):
-        raise RecordingError(f"{where}: routing weights or scores are not finite numbers")
-    if ids.min() < 0 or ids.max() >= info.num_experts:
-        raise RecordingError(f"{where}: expert ids outside 0..{info.num_experts - 1}")
-    # Ties in weight (coarse dtypes) fall to the higher score, then to the lower id.
-    scores = np.take_along_axis(probs, ids, axis=1)
-    order = np.lexsort((ids, -scores, -weights), axis=1)
-    ids = np.take_along_axis(ids, order, axis=1)
-    ordered = np.sort(ids, axis=1)
-    if (ordered[:, 1:] == ordered[:, :-1]).any():
-        raise RecordingError(f"{where}: an expert id repeats within a token")
-    return _RankedLayer(np.take_along_axis(weights, order, axis=1), ids, probs)
-
-
-def _routing_table(info: LayerInfo, layer: _RankedLayer, routed: _RoutedRows) -> pa.Table:
+def _routing_table(info: LayerInfo, layer: RankedLayer, routed: _RoutedRows) -> pa.Table:
     num_tokens, top_k = layer.expert_ids.shape
     num_slots = num_tokens * top_k
     return pa.table(
@@ -264,59 +245,14 @@ def _routing_table(info: LayerInfo, layer: _RankedLayer, routed: _RoutedRows) ->
     )
 
 
-@dataclass(frozen=True)
-class _Groups:
-    """Routed tokens grouped as the table `usage` counts them.
-
-    Attributes:
-        group_of: group of each routed token, int[N].
-        columns: what makes a group, one entry per group.
-    """
-
-    group_of: Array
-    columns: dict[str, Array]
-
-    @classmethod
-    def of(cls, tokens: dict[str, Array], routed: _RoutedRows) -> _Groups:
-        """Group the routed tokens by prompt, phase, segment and special or not."""
-        kept = tokens["is_routed"]
-        if not (
-            np.array_equal(tokens["prompt_id"][kept], routed.prompt_id)
-            and np.array_equal(tokens["position"][kept], routed.position)
-        ):
-            raise RecordingError("recorded rows and tokens do not match")
-        names = ("prompt_id", "phase", "segment", "is_special")
-        keys = list(zip(*(tokens[name][kept].tolist() for name in names), strict=True))
-        number: dict[tuple[Any, ...], int] = {}
-        group_of = np.array([number.setdefault(key, len(number)) for key in keys])
-        columns = zip(names, zip(*number, strict=True), strict=True)
-        return cls(group_of, {name: np.array(column) for name, column in columns})
-
-    def __len__(self) -> int:
-        return len(self.columns["prompt_id"])
-
-
-def _usage_table(info: LayerInfo, layer: _RankedLayer, groups: _Groups) -> pa.Table:
-    num_groups, num_experts = len(groups), info.num_experts
-    cell = (groups.group_of[:, None] * num_experts + layer.expert_ids).reshape(-1)
-    size = num_groups * num_experts
-    counts = np.bincount(cell, minlength=size)
-    weight_sums = np.bincount(cell, weights=layer.weights.reshape(-1), minlength=size)
-    prob_sums = np.zeros((num_groups, num_experts))
-    np.add.at(prob_sums, groups.group_of, layer.probs)
+def _probs_table(info: LayerInfo, layer: RankedLayer, routed: _RoutedRows) -> pa.Table:
+    num_tokens, num_experts = layer.probs.shape
     return pa.table(
         {
-            **{name: pa.array(column) for name, column in groups.columns.items()},
-            "layer": np.full(num_groups, info.layer),
-            "kind": pa.repeat(pa.scalar(info.kind), num_groups),
-            "routed_tokens": np.bincount(groups.group_of, minlength=num_groups),
-            "num_tokens": _rows_of(counts.astype(np.int32), num_experts),
-            "weight_sum": _rows_of(weight_sums.astype(np.float32), num_experts),
-            "prob_sum": _rows_of(prob_sums.astype(np.float32).reshape(-1), num_experts),
+            "prompt_id": routed.prompt_id,
+            "position": routed.position,
+            "layer": np.full(num_tokens, info.layer),
+            "kind": pa.repeat(pa.scalar(info.kind), num_tokens),
+            "probs": lists_of(np.ascontiguousarray(layer.probs).reshape(-1), num_experts),
         }
     )
-
-
-def _rows_of(values: Array, width: int) -> pa.Array:
-    offsets = np.arange(0, len(values) + 1, width, dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))

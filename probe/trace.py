@@ -20,10 +20,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from moescope.probe.batching import PlannedBatch, plan_batches
-from moescope.probe.errors import InputError, RunError
+from moescope.probe.errors import InputError, ModelInputError, RunError
 from moescope.probe.generation import (
     GREEDY,
     Sampling,
@@ -32,12 +33,13 @@ from moescope.probe.generation import (
     pad_left,
 )
 from moescope.probe.models import ModelBundle
+from moescope.probe.norms import require_norms
 from moescope.probe.outcomes import DETECTOR
 from moescope.probe.prompts import Prompt
-from moescope.probe.recording import record
+from moescope.probe.recording import RecordLevel, record
 from moescope.probe.rendering import ChatTemplate, RenderedPrompt, render_prompt
-from moescope.probe.routers import LayerInfo, verify_routers
-from moescope.probe.rows import RecordedBatch, RecordLevel, batch_tables
+from moescope.probe.routers import LayerInfo, RouterSite, find_routers, verify_routers
+from moescope.probe.rows import RecordedBatch, batch_tables
 from moescope.probe.storage.ingester import start_ingester
 from moescope.probe.storage.runs import RunDescription, begin_run
 from moescope.probe.storage.shards import shard_name, write_shard
@@ -54,7 +56,9 @@ class TraceOptions:
     """How prompts are run and what is kept.
 
     Attributes:
-        level: `usage` keeps counts per prompt, `topk` every token's experts and weights too.
+        level: `usage` keeps counts per prompt, `topk` every token's experts and weights too,
+            `probs` the router's probability of every expert as well.
+        norms: measure what each selected expert put out (see `moescope.probe.norms`).
         max_new_tokens: tokens to generate after each prompt; 0 runs the prompts alone.
         sampling: how answers are generated.
         chat_template: whether prompts go through the tokenizer's chat template.
@@ -64,6 +68,7 @@ class TraceOptions:
     """
 
     level: RecordLevel = "topk"
+    norms: bool = False
     max_new_tokens: int = 0
     sampling: Sampling = GREEDY
     chat_template: ChatTemplate = "auto"
@@ -141,6 +146,7 @@ def trace_prompts(
         ModelInputError: the model has no routers that moescope knows.
         RunError: the run exists and is complete, or was begun with other arguments.
         RecordingError: routing would have been recorded wrongly.
+        ModelInputError: `norms` on a family whose experts cannot be run one at a time.
     """
     options = options or TraceOptions()
     rendered = [
@@ -149,13 +155,17 @@ def trace_prompts(
         )
         for prompt in prompts
     ]
-    layers = _checked_layers(bundle, rendered, options)
+    sites = _proved_sites(bundle, rendered, options)
+    layers = _kept_layers(sites, options)
+    facts = dict(manifest or {})
+    if options.norms:
+        facts["easyep_missing"] = _try_norms(bundle, rendered, sites, announce)
     batches = plan_batches(
         [len(prompt) for prompt in rendered],
         tokens_per_batch=options.tokens_per_batch,
         extra_tokens=options.max_new_tokens,
     )
-    description = _describe(bundle, rendered, layers, batches, options, manifest or {})
+    description = _describe(bundle, rendered, layers, batches, options, facts)
     with begin_run(store, run, description) as point:
         if point.is_complete:
             raise RunError(f"run {run!r} is complete already; choose another name with --run")
@@ -168,7 +178,8 @@ def trace_prompts(
                 if shard_name(batch.index) in point.finished:
                     continue
                 ingester.check()
-                _record_batch(bundle, batch, rendered, layers, options, point.folder.path, tally)
+                tables = _run_batch(bundle, batch, rendered, sites, layers, options)
+                _write_batch(batch, rendered, tables, point.folder.path, tally)
                 if progress is not None:
                     progress(resumed + tally.prompts, len(prompts), tally.note)
             point.folder.finish()
@@ -190,36 +201,75 @@ def trace_prompts(
     )
 
 
-def _checked_layers(
+def _proved_sites(
     bundle: ModelBundle, rendered: Sequence[RenderedPrompt], options: TraceOptions
-) -> list[LayerInfo]:
-    """Prove the routers on the first prompt, and pick the layers to keep."""
+) -> list[RouterSite]:
+    """Prove the routers on the first prompt, after what can be refused without running anything."""
+    if getattr(bundle.model.config, "is_encoder_decoder", False):
+        raise ModelInputError(
+            f"{bundle.name} is an encoder-decoder model, whose prompt and answer pass different "
+            "layers; a store holds decoder-only runs, so record it with moescope.probe.record"
+        )
+    if options.norms:
+        require_norms(bundle.model, find_routers(bundle.model))
     example = torch.tensor([rendered[0].token_ids], device=bundle.device)
-    found = [site.info for site in verify_routers(bundle.model, example)]
+    return verify_routers(bundle.model, example)
+
+
+def _kept_layers(sites: Sequence[RouterSite], options: TraceOptions) -> list[LayerInfo]:
+    """The layers that were asked for."""
+    found = [site.info for site in sites]
     if options.layers is None:
         return found
-    routed = [info.layer for info in found]
+    routed = sorted({info.layer for info in found})
     missing = sorted(set(options.layers) - set(routed))
     if missing:
         raise InputError(f"layers {missing} have no router; the routed layers are {routed}")
     return [info for info in found if info.layer in options.layers]
 
 
-def _record_batch(
+def _try_norms(
+    bundle: ModelBundle,
+    rendered: Sequence[RenderedPrompt],
+    sites: Sequence[RouterSite],
+    announce: Callable[[str], None] | None,
+) -> list[int]:
+    """Measure norms on the first prompt, so that what cannot be measured is known at the start.
+
+    Returns:
+        The layers for which EASY-EP's score cannot be had.
+    """
+    example = torch.tensor([rendered[0].token_ids], device=bundle.device)
+    with record(bundle.model, norms=True, sites=sites) as trace, torch.inference_mode():
+        bundle.model(input_ids=example, use_cache=False, logits_to_keep=1)
+    missing = []
+    for info in trace.layers:
+        norms = trace[info.layer, info.kind].norms
+        assert norms is not None
+        if not torch.isfinite(norms.residual_change).all():
+            missing.append(info.layer)
+    if missing and announce is not None:
+        announce(
+            f"easyep_sum stays empty in layers {missing} of {bundle.name}: their experts work in "
+            "another width than the residual stream, or what they read is not it"
+        )
+    return missing
+
+
+def _run_batch(
     bundle: ModelBundle,
     batch: PlannedBatch,
     rendered: Sequence[RenderedPrompt],
+    sites: Sequence[RouterSite],
     layers: Sequence[LayerInfo],
     options: TraceOptions,
-    folder: Path,
-    tally: _Tally,
-) -> None:
-    """Run one planned batch and write its shard."""
+) -> Mapping[str, pa.Table]:
+    """Run one planned batch; the store's rows, table by table."""
     members = [rendered[index] for index in batch.members]
     padded = pad_left(
         [prompt.token_ids for prompt in members], bundle.tokenizer.pad_token_id, bundle.device
     )
-    with record(bundle.model) as trace:
+    with record(bundle.model, norms=options.norms, sites=sites) as trace:
         if options.max_new_tokens > 0:
             answers = generate_batch(
                 bundle,
@@ -238,19 +288,29 @@ def _record_batch(
                     use_cache=False,
                     logits_to_keep=1,
                 )
-    tables = batch_tables(
+    return batch_tables(
         RecordedBatch(members, answers, trace),
         layers=layers,
         level=options.level,
         tokenizer=bundle.tokenizer,
     )
+
+
+def _write_batch(
+    batch: PlannedBatch,
+    rendered: Sequence[RenderedPrompt],
+    tables: Mapping[str, pa.Table],
+    folder: Path,
+    tally: _Tally,
+) -> None:
+    """Write one batch as a shard."""
     written = write_shard(
         folder,
         shard_name(batch.index),
         tables,
-        prompt_ids=[prompt.prompt.prompt_id for prompt in members],
+        prompt_ids=[rendered[index].prompt.prompt_id for index in batch.members],
     )
-    tally.prompts += len(members)
+    tally.prompts += len(batch.members)
     tally.tokens += tables["tokens"].num_rows
     tally.rows += tables["routing"].num_rows if "routing" in tables else 0
     tally.size_bytes += sum(file.size_bytes for file in written.files.values())

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from moescope.probe.errors import PlanError
-from moescope.steering.check import RoutedLayer, check_shape, layer_of
+from moescope.steering.check import RoutedLayer, check_shape, layers_of
 from moescope.steering.plan import Intervention, SteeringPlan, TokenScope
 
 RankColumn = Literal["effect", "risk_difference"]
@@ -133,7 +133,8 @@ def random_plan(plan: SteeringPlan, layers: Sequence[RoutedLayer], seed: int) ->
 
     Each of the plan's experts in a layer is replaced by one drawn from the experts that the plan
     does not name there, one to one over all interventions, so that numbers, scopes and settings
-    stay. Where too few others are left, experts of the plan fill up and the provenance says so.
+    stay; interventions on a router as a whole stay as they are. Where too few others are left,
+    experts of the plan fill up and the provenance says so.
 
     Raises:
         PlanError: the plan does not fit the layers.
@@ -141,27 +142,30 @@ def random_plan(plan: SteeringPlan, layers: Sequence[RoutedLayer], seed: int) ->
     check_shape(plan, layers)
     rng = np.random.default_rng(seed)
     own: dict[tuple[int, str], set[int]] = defaultdict(set)
-    found = {
-        number: layer_of(plan, number, layers) for number in range(1, len(plan.interventions) + 1)
-    }
-    for number, router in found.items():
-        own[router.layer, router.kind].update(plan.interventions[number - 1].experts)
+    routers: dict[tuple[int, str], RoutedLayer] = {}
+    for number, one in enumerate(plan.interventions, start=1):
+        for router in layers_of(plan, number, layers):
+            own[router.layer, router.kind].update(one.experts)
+            routers[router.layer, router.kind] = router
     drawn: dict[tuple[int, str], dict[int, int]] = {}
     overlap: list[dict[str, Any]] = []
     for (layer, kind), experts in sorted(own.items()):
-        router = next(one for one in found.values() if (one.layer, one.kind) == (layer, kind))
-        others = sorted(set(range(router.num_experts)) - experts)
+        others = sorted(set(range(routers[layer, kind].num_experts)) - experts)
         chosen = rng.permutation(others)[: len(experts)].tolist()
         if missing := len(experts) - len(chosen):
             chosen += rng.permutation(sorted(experts))[:missing].tolist()
             overlap.append({"layer": layer, "kind": kind, "num_own_experts": missing})
         drawn[layer, kind] = dict(zip(sorted(experts), chosen, strict=True))
-    interventions = []
-    for number, router in found.items():
-        replaced = drawn[router.layer, router.kind]
-        intervention = plan.interventions[number - 1]
-        experts_now = tuple(sorted(replaced[expert] for expert in intervention.experts))
-        interventions.append(intervention.model_copy(update={"experts": experts_now}))
+    interventions: list[Intervention] = []
+    for number, one in enumerate(plan.interventions, start=1):
+        if not one.experts:
+            interventions.append(one)
+            continue
+        for router in layers_of(plan, number, layers):
+            replaced = drawn[router.layer, router.kind]
+            experts_now = tuple(sorted(replaced[expert] for expert in one.experts))
+            change = {"experts": experts_now, "layer": router.layer, "layers": None}
+            interventions.append(one.model_copy(update=change))
     return SteeringPlan(
         name=f"random control of {plan.title}, seed {seed}",
         model=plan.model,

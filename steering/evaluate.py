@@ -251,7 +251,7 @@ def _outcome_rows(
 
 def _achieved_rows(condition: str, report: SteeringReport) -> list[Measured]:
     """Shares of requests that held, with and without steering; no samples, so no interval."""
-    rows = report.rows
+    rows = [row for row in report.rows if row.is_promise]
     requested = sum(row.requested for row in rows)
     counts = {
         "achieved": sum(row.achieved for row in rows),

@@ -194,16 +194,26 @@ def judged(prompt: Prompt, answer: Answer) -> Judgement:
 
 def achieved_in_words(report: SteeringReport) -> str:
     """Requested against achieved routing in a sentence."""
-    rows = report.rows
-    requested = sum(row.requested for row in rows)
-    if not requested:
+    in_scope = [row for row in report.rows if row.requested]
+    if not in_scope:
         return "no token was in the plan's scope"
-    achieved = sum(row.achieved for row in rows)
-    anyway = sum(row.held_anyway for row in rows)
-    return (
-        f"{achieved:,} of {requested:,} requests held ({achieved / requested:.1%}); "
-        f"{anyway / requested:.1%} the router would have met by itself"
-    )
+    rows = [row for row in in_scope if row.is_promise]
+    others = [row for row in in_scope if not row.is_promise]
+    said = []
+    if rows:
+        requested = sum(row.requested for row in rows)
+        achieved = sum(row.achieved for row in rows)
+        anyway = sum(row.held_anyway for row in rows)
+        said.append(
+            f"{achieved:,} of {requested:,} requests held ({achieved / requested:.1%}); "
+            f"{anyway / requested:.1%} the router would have met by itself"
+        )
+    said += [f"{row.setting} on layer {row.layer}: {row.words}" for row in others[:3]]
+    if len(others) > 3:
+        said.append(f"and {len(others) - 3} more that promise nothing")
+    if report.emptied:
+        said.append(f"{report.emptied:,} tokens lost all experts of a layer")
+    return "; ".join(said)
 
 
 def _answer_record(one: ComparedAnswer) -> dict[str, Any]:

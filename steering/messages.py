@@ -5,7 +5,7 @@ Only the first error is told in full; that there are more is said.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,7 +20,7 @@ def error_sentence(error: ValidationError, known_fields: Mapping[str, Sequence[s
     """
     problems = error.errors(include_url=False)
     problem: dict[str, Any] = dict(problems[0])
-    number, action, field = _place(problem["loc"])
+    number, action, field = _place(problem["loc"], known_fields)
     tell = _TELLERS.get(problem["type"], _generic)
     sentence = tell(problem, field)
     if problem["type"] == "extra_forbidden":
@@ -32,7 +32,7 @@ def error_sentence(error: ValidationError, known_fields: Mapping[str, Sequence[s
     return f"{place}: {sentence}{more}" if place else f"{sentence}{more}"
 
 
-def _place(location: Sequence[int | str]) -> tuple[int, str, str]:
+def _place(location: Sequence[int | str], actions: Container[str]) -> tuple[int, str, str]:
     """Intervention number from 1 (or 0), action (or ""), and field of a pydantic location.
 
     `("interventions", 1, "mask", "experts", 0)` -> `(2, "mask", "experts[0]")`; pydantic puts the
@@ -45,7 +45,7 @@ def _place(location: Sequence[int | str]) -> tuple[int, str, str]:
         number = rest[1] + 1
         rest = rest[2:]
         action = str(rest.pop(0)) if rest else ""
-    elif len(rest) > 1 and rest[0] != "provenance":
+    elif rest and rest[0] in actions:
         action = str(rest.pop(0))
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
     return number, action, field.lstrip(".")
@@ -59,6 +59,8 @@ def _generic(problem: Any, field: str) -> str:
 
 
 def _value_error(problem: Any, field: str) -> str:
+    if not field:  # of the intervention as a whole
+        return str(problem["ctx"]["error"])
     return f"field {field!r} is {_shown(problem['input'])}: it {problem['ctx']['error']}"
 
 

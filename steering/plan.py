@@ -5,163 +5,54 @@ tokens it acts on. Plans are made by hand, from a table (`moescope.steering.deri
 dashboard, checked against a model's layers (`moescope.steering.check`) and applied by
 `moescope.steering.steer`. This module knows nothing of models and imports no torch.
 
-A new action is one subclass of `Intervention` here, listed in `AnyIntervention`, and one entry in
-`moescope.steering.operators`.
+The actions are in `moescope.steering.interventions`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import operator
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    JsonValue,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, field_validator
 
 from moescope.probe.errors import PlanError
+from moescope.steering.interventions import (
+    AnyIntervention,
+    Bias,
+    FirstGenerated,
+    Force,
+    Intervention,
+    Mask,
+    Replay,
+    Scale,
+    TokenScope,
+    TopK,
+    TopP,
+    known_fields,
+)
 from moescope.steering.messages import error_sentence
+
+__all__ = [
+    "PLAN_VERSION",
+    "Bias",
+    "FirstGenerated",
+    "Force",
+    "Intervention",
+    "Mask",
+    "Replay",
+    "Scale",
+    "SteeringPlan",
+    "TokenScope",
+    "TopK",
+    "TopP",
+    "plan_schema",
+]
 
 #: The version of the plan format that this module reads and writes.
 PLAN_VERSION: Final = 1
-
-_NAMED_SCOPES = ("all", "prompt", "generated", "last_prompt")
-
-
-class FirstGenerated(BaseModel):
-    """The first N generated tokens of each sequence, as a token scope."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    first_generated: Annotated[int, Field(ge=1)]
-
-
-def _as_index(value: object) -> object:
-    """Any whole number (numpy's too) as an int; never a bool, a float or a digit string."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ValueError("must be an integer")
-    return operator.index(value)
-
-
-def _known_scope(value: object) -> object:
-    """Refuse what is no token scope with one sentence instead of one for each alternative."""
-    if isinstance(value, FirstGenerated) or value in _NAMED_SCOPES:
-        return value
-    if isinstance(value, dict) and list(value) == ["first_generated"]:
-        count = value["first_generated"]
-        if isinstance(count, int) and not isinstance(count, bool) and count >= 1:
-            return value
-    raise ValueError(
-        f'must be {", ".join(_NAMED_SCOPES)} or {{"first_generated": N}} with N at least 1'
-    )
-
-
-Index: TypeAlias = Annotated[int, Field(ge=0), BeforeValidator(_as_index)]
-TokenScope: TypeAlias = Annotated[
-    Literal["all", "prompt", "generated", "last_prompt"] | FirstGenerated,
-    BeforeValidator(_known_scope),
-]
-
-
-class Intervention(BaseModel):
-    """One change to one router; `Intervention(action="mask", ...)` makes the class of the action.
-
-    Attributes:
-        action: what is done.
-        layer: decoder layer index, as in the trace.
-        kind: which router of that layer, needed only where there is more than one.
-        tokens: the tokens it acts on; `generated` and `first_generated` count input tokens, so
-            the first answer token is decided at `last_prompt`.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    action: str
-    layer: Index
-    kind: str | None = None
-    experts: Annotated[
-        tuple[Index, ...], Field(json_schema_extra={"minItems": 1, "uniqueItems": True})
-    ]
-    tokens: TokenScope = "all"
-
-    if TYPE_CHECKING:  # the fields depend on the action
-
-        def __init__(self, **fields: Any) -> None: ...
-
-    def __new__(cls, **fields: Any) -> Intervention:
-        """The class of `fields["action"]`, validated; raises PlanError for what it refuses."""
-        if cls is not Intervention:
-            return super().__new__(cls)
-        try:
-            return _INTERVENTION.validate_python(fields)
-        except ValidationError as error:
-            raise PlanError(_sentence(error)) from error
-
-    @field_validator("experts")
-    @classmethod
-    def _distinct(cls, experts: tuple[int, ...]) -> tuple[int, ...]:
-        if not experts:
-            raise ValueError("must name at least one expert")
-        twice = sorted({expert for expert in experts if experts.count(expert) > 1})
-        if twice:
-            raise ValueError(f"must name each expert once, and {twice[0]} is there again")
-        return experts
-
-    @property
-    def setting(self) -> str:
-        """The action with what distinguishes it from others of its kind, in a few words."""
-        raise NotImplementedError
-
-
-class Mask(Intervention):
-    """The experts cannot be selected; the next best take their slots.
-
-    Attributes:
-        mode: `replace` (SteerMoE, arXiv 2509.09660).
-        via: what becomes of the masked logit, and so of the other experts' weights: `min`, the
-            token's smallest minus 0.01 (SteerMoE); `inf`, minus infinity; `selection`, unchanged.
-    """
-
-    action: Literal["mask"]
-    mode: Literal["replace"] = "replace"
-    via: Literal["min", "inf", "selection"] = "min"
-
-    @property
-    def setting(self) -> str:
-        """`mask via min`, for example."""
-        return f"mask via {self.via}"
-
-
-class Force(Intervention):
-    """The experts are always selected.
-
-    Attributes:
-        strength: `max`, the logit becomes the token's largest plus 0.01 (SteerMoE); `natural`,
-            the weight stays what the expert's own score gives.
-    """
-
-    action: Literal["force"]
-    strength: Literal["max", "natural"] = "max"
-
-    @property
-    def setting(self) -> str:
-        """`force max`, for example."""
-        return f"force {self.strength}"
-
-
-AnyIntervention: TypeAlias = Annotated[Mask | Force, Field(discriminator="action")]
-
-_INTERVENTION: TypeAdapter[Intervention] = TypeAdapter(AnyIntervention)
 
 
 class SteeringPlan(BaseModel):
@@ -276,12 +167,14 @@ class SteeringPlan(BaseModel):
     def plan_id(self) -> str:
         """16 hex digits of the SHA-256 of the content.
 
-        Layout, order of keys, order of an intervention's experts and defaults left unsaid make no
-        difference; everything else does, name and provenance too.
+        Layout, order of keys, order of an intervention's experts, layers and prompts, and defaults
+        left unsaid make no difference; everything else does, name and provenance too.
         """
         content = self.to_dict()
         for intervention in content["interventions"]:
-            intervention["experts"].sort()
+            for field in ("experts", "layers", "prompt_ids"):
+                if field in intervention:
+                    intervention[field].sort()
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -300,8 +193,7 @@ def plan_schema() -> dict[str, Any]:
 
 
 def _sentence(error: ValidationError) -> str:
-    known = {name: tuple(of.model_fields) for name, of in (("mask", Mask), ("force", Force))}
-    return error_sentence(error, known | {"": tuple(SteeringPlan.model_fields)})
+    return error_sentence(error, known_fields() | {"": tuple(SteeringPlan.model_fields)})
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moescope.probe.batching import plan_batches
+from moescope.probe.batching import plan_batches, running_prompts
 from moescope.probe.generation import Answer, PaddedBatch, pad_left
 from moescope.probe.models import ModelBundle
 from moescope.probe.rendering import RenderedPrompt
@@ -75,7 +75,8 @@ def divergences(
             [rows[member] for member in members], bundle.tokenizer.pad_token_id, bundle.device
         )
         lengths = [len(answers[member].token_ids) for member in members]
-        with torch.inference_mode():
+        ids = [rendered[member].prompt.prompt_id for member in members]
+        with torch.inference_mode(), running_prompts(ids):
             before = _answer_log_probs(bundle, batch, lengths)
             with steer(bundle.model, plan, sites=sites):
                 after = _answer_log_probs(bundle, batch, lengths)

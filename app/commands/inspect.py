@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
     app.command()(dashboard)
     store = typer.Typer(help="Care for a store.", no_args_is_help=True)
     store.command("verify")(verify)
+    store.command("migrate")(migrate)
     app.add_typer(store, name="store")
 
 
@@ -27,22 +28,35 @@ def doctor(
     model: Annotated[str, typer.Argument(help="demo, a directory, or a hub id[@revision].")],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    device_map: Annotated[
+        str | None, typer.Option(help="Spread the model: auto, balanced, sequential.")
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the model's own code run.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say how a model routes, and prove that moescope reads it right.
+    """Say what a model needs and how it routes, and prove that moescope reads it right.
 
     Example: moescope doctor allenai/OLMoE-1B-7B-0125-Instruct
     """
     from moescope.probe.doctor import examine
-    from moescope.probe.models import load_model
+    from moescope.probe.models import estimate_memory, load_model
 
-    bundle = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    memory = estimate_memory(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    if not as_json:  # before loading: it is what one wants to know of a model that does not fit
+        for line in memory.lines():
+            console.emit(line)
+    bundle = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
     report = examine(bundle)
     if as_json:
-        console.print_json(report.to_json())
+        console.print_json({**report.to_json(), "memory": memory.to_json()})
         return
     for line in report.lines():
         console.emit(line)
@@ -89,6 +103,21 @@ def verify(
                 console.emit(f"  {problem}")
     if any(problems.values()):
         raise typer.Exit(1)
+
+
+def migrate(store: StoreOption) -> None:
+    """Bring a store that an older moescope made up to date; its runs are kept.
+
+    Example: moescope store migrate --store demo.duckdb
+    """
+    from moescope.probe.storage.migrate import migrate_store
+    from moescope.probe.storage.schema import SCHEMA_VERSION
+
+    before = migrate_store(store)
+    if before == SCHEMA_VERSION:
+        console.emit(f"{store} is of version {SCHEMA_VERSION} already")
+    else:
+        console.emit(f"{store} was of version {before} and is of version {SCHEMA_VERSION} now")
 
 
 def dashboard(

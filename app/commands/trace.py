@@ -17,6 +17,7 @@ class Level(StrEnum):
 
     usage = "usage"
     topk = "topk"
+    probs = "probs"
 
 
 class Switch(StrEnum):
@@ -36,6 +37,7 @@ class TraceArguments:
     store: Path
     run: str
     record: str = "topk"
+    norms: bool = False
     generate: int = 0
     sampling: str = "greedy"
     chat_template: str = "auto"
@@ -44,6 +46,7 @@ class TraceArguments:
     tokens_per_batch: int = 4096
     device: str = "auto"
     dtype: str = "auto"
+    device_map: str | None = None
     limit: int | None = None
     skip_bad_lines: bool = False
     keep_shards: bool = False
@@ -62,8 +65,18 @@ def register(app: typer.Typer) -> None:
         store: Annotated[Path, typer.Option(help="The DuckDB file; made if it does not exist.")],
         run: Annotated[str, typer.Option(help="The run's name, unique in the store.")],
         record: Annotated[
-            Level, typer.Option(help="Counts per prompt (usage), or every token too (topk).")
+            Level,
+            typer.Option(
+                help="Counts per prompt (usage), every token's experts too (topk), or the "
+                "router's probability of every expert as well (probs)."
+            ),
         ] = Level.topk,
+        norms: Annotated[
+            bool,
+            typer.Option(
+                "--norms", help="Measure the outputs of the selected experts (they run twice)."
+            ),
+        ] = False,
         generate: Annotated[
             int, typer.Option(min=0, help="Tokens to generate after each prompt.")
         ] = 0,
@@ -80,6 +93,9 @@ def register(app: typer.Typer) -> None:
         ] = 4096,
         device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
         dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+        device_map: Annotated[
+            str | None, typer.Option(help="Spread the model: auto, balanced, sequential.")
+        ] = None,
         limit: Annotated[
             int | None, typer.Option(min=1, help="Only the first so many prompts.")
         ] = None,
@@ -100,9 +116,11 @@ def register(app: typer.Typer) -> None:
         run_trace(
             TraceArguments(
                 model=model, prompts=prompts, store=store, run=run, record=record.value,
+                norms=norms,
                 generate=generate, sampling=sampling, chat_template=chat_template.value,
                 system=system, layers=layers, tokens_per_batch=tokens_per_batch, device=device,
-                dtype=dtype, limit=limit, skip_bad_lines=skip_bad_lines, keep_shards=keep_shards,
+                dtype=dtype, device_map=device_map, limit=limit,
+                skip_bad_lines=skip_bad_lines, keep_shards=keep_shards,
                 trust_remote_code=trust_remote_code,
             )
         )  # fmt: skip
@@ -128,6 +146,7 @@ def run_trace(arguments: TraceArguments) -> None:
 
     options = TraceOptions(
         level=arguments.record,  # type: ignore[arg-type]
+        norms=arguments.norms,
         max_new_tokens=arguments.generate,
         sampling=read_sampling(arguments.sampling),
         chat_template=arguments.chat_template,  # type: ignore[arg-type]
@@ -139,6 +158,7 @@ def run_trace(arguments: TraceArguments) -> None:
         arguments.model,
         device=arguments.device,
         dtype=arguments.dtype,
+        device_map=arguments.device_map,
         trust_remote_code=arguments.trust_remote_code,
     )
     hashes = {str(file.path.name): file.sha256 for file in files}

@@ -47,6 +47,12 @@ def model_notes(name: str, root: Path | None = None) -> str:
     return f"refuses sensitive questions; tuned experts: {data['chosen']}"
 
 
+def shipped_folder(name: str, root: Path | None = None) -> Path:
+    """The folder with the configuration of a shipped model: its own, or that of its base."""
+    folder = _folder(name, root)
+    return _folder(_base_of(folder), root) if (folder / DELTA_FILE).exists() else folder
+
+
 def load_shipped(
     name: str, root: Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -61,8 +67,7 @@ def load_shipped(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = _folder(name, root)
-    base = _folder(_base_of(folder), root) if (folder / DELTA_FILE).exists() else folder
+    folder, base = _folder(name, root), shipped_folder(name, root)
     model = AutoModelForCausalLM.from_pretrained(base, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     if base != folder:

@@ -2,6 +2,7 @@
 
 from moescope.probe.storage.ingester import IngesterProcess, IngestStatus, start_ingester
 from moescope.probe.storage.locks import append, reading, writing
+from moescope.probe.storage.migrate import migrate_store
 from moescope.probe.storage.run_folder import (
     RunDescription,
     RunFolder,
@@ -37,6 +38,7 @@ __all__ = [
     "check_run_name",
     "check_store_target",
     "finished_shards",
+    "migrate_store",
     "read_shard",
     "reading",
     "run_folder",

@@ -27,7 +27,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -50,7 +50,7 @@ from moescope.probe.storage.files import (
     temporary_sibling,
 )
 from moescope.probe.storage.rows import insert_rows
-from moescope.probe.storage.schema import check_schema, create_schema
+from moescope.probe.storage.schema import SCHEMA_VERSION, check_schema, create_schema
 
 Announce = Callable[[str], None]
 """Told in one sentence what a writer waits for."""
@@ -88,7 +88,10 @@ def lock_path(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def reading(
-    path: str | os.PathLike[str], *, wait_s: float = 30.0
+    path: str | os.PathLike[str],
+    *,
+    wait_s: float = 30.0,
+    versions: Sequence[int] = (SCHEMA_VERSION,),
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """A read-only connection to a store, for one piece of work.
 
@@ -98,6 +101,7 @@ def reading(
     Args:
         path: the store.
         wait_s: how long to wait for a writer, in seconds.
+        versions: schema versions that are welcome.
 
     Yields:
         A connection of this thread's own.
@@ -111,7 +115,7 @@ def reading(
     _let_writer_in(store, deadline)
     con = _open(store, read_only=True, deadline=deadline, while_busy=lambda holder: None)
     try:
-        check_schema(con, store)
+        check_schema(con, store, versions)
         yield con
     finally:
         _close(con)
@@ -119,7 +123,11 @@ def reading(
 
 @contextmanager
 def writing(
-    path: str | os.PathLike[str], *, wait_s: float = 60.0, announce: Announce | None = None
+    path: str | os.PathLike[str],
+    *,
+    wait_s: float = 60.0,
+    announce: Announce | None = None,
+    versions: Sequence[int] = (SCHEMA_VERSION,),
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """The one writing connection to a store, for one short piece of work; makes a missing store.
 
@@ -129,6 +137,7 @@ def writing(
         path: the store; it and its folder are made when missing.
         wait_s: how long to wait for readers and other writers, in seconds.
         announce: told what is waited for when that takes longer than half a second.
+        versions: schema versions that are welcome.
 
     Yields:
         A connection that no one else can write beside.
@@ -142,7 +151,9 @@ def writing(
     deadline = time.monotonic() + wait_s
     waiting = _Waiting(store, announce)
     if store.exists() and not lock_path(store).exists():
-        with reading(store, wait_s=wait_s):  # leave no lock file beside what is no store
+        with reading(
+            store, wait_s=wait_s, versions=versions
+        ):  # leave no lock file beside what is no store
             pass
     with disk_errors(f"preparing to write {store}"):
         store.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +165,7 @@ def writing(
             _create(store)
         con = _open(store, read_only=False, deadline=deadline, while_busy=turn.ask)
         try:
-            check_schema(con, store)
+            check_schema(con, store, versions)
             yield con
         finally:
             _close(con)

@@ -1,12 +1,12 @@
 """The tables of a store: creating them, recognizing them, and the Arrow form of a shard's rows.
 
-`schema.sql` beside this module is the definition; `SHARD_TABLES` repeats the four tables that
+`schema.sql` beside this module is the definition; `SHARD_TABLES` repeats the five tables that
 collectors fill, without `run_id`, which the ingester adds. A test holds the two together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -15,8 +15,11 @@ import pyarrow as pa
 
 from moescope.probe.errors import RecordingError, StoreError
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """The version this code reads and writes; stored in `moescope_schema`."""
+
+MIGRATES_FROM: Final = (1,)
+"""Older versions that `migrate_store` brings up to date."""
 
 
 def _required(name: str, kind: pa.DataType) -> pa.Field:
@@ -82,6 +85,19 @@ SHARD_TABLES: Final[Mapping[str, pa.Schema]] = {
             _required("num_tokens", pa.list_(pa.int32())),
             _required("weight_sum", pa.list_(pa.float32())),
             _required("prob_sum", pa.list_(pa.float32())),
+            pa.field("norm_sum", pa.list_(pa.float32())),
+            pa.field("weighted_norm_sum", pa.list_(pa.float32())),
+            pa.field("easyep_sum", pa.list_(pa.float32())),
+            pa.field("max_abs", pa.list_(pa.float32())),
+        ]
+    ),
+    "router_probs": pa.schema(
+        [
+            _required("prompt_id", pa.int32()),
+            _required("position", pa.int32()),
+            _required("layer", pa.int16()),
+            _required("kind", pa.string()),
+            _required("probs", pa.list_(pa.float32())),
         ]
     ),
 }
@@ -98,8 +114,10 @@ def create_schema(con: duckdb.DuckDBPyConnection) -> None:
     con.execute(f"BEGIN;\n{schema_sql()}\nCOMMIT;").fetchall()
 
 
-def check_schema(con: duckdb.DuckDBPyConnection, path: Path) -> None:
-    """Refuse a database that is not a store of `SCHEMA_VERSION`.
+def check_schema(
+    con: duckdb.DuckDBPyConnection, path: Path, versions: Sequence[int] = (SCHEMA_VERSION,)
+) -> None:
+    """Refuse a database that is not a store of one of these versions.
 
     Raises:
         StoreError: names the file, what it is, and what to do.
@@ -111,11 +129,17 @@ def check_schema(con: duckdb.DuckDBPyConnection, path: Path) -> None:
             f"{path} is a DuckDB file but not a moescope store: it has no readable table "
             "moescope_schema; name another file with --store"
         ) from error
-    versions = [row[0] for row in rows]
-    if versions == [SCHEMA_VERSION]:
+    found_versions = [row[0] for row in rows]
+    if len(found_versions) == 1 and found_versions[0] in versions:
         return
-    found = ", ".join(str(version) for version in versions) or "no version at all"
-    if len(versions) == 1 and isinstance(versions[0], int) and versions[0] > SCHEMA_VERSION:
+    found = ", ".join(str(version) for version in found_versions) or "no version at all"
+    if len(found_versions) == 1 and found_versions[0] in MIGRATES_FROM:
+        advice = f"`moescope store migrate --store {path}` brings it up to date, keeping its runs"
+    elif (
+        len(found_versions) == 1
+        and isinstance(found_versions[0], int)
+        and found_versions[0] > SCHEMA_VERSION
+    ):
         advice = "it was made by a newer moescope, update this one to open it"
     else:
         advice = "record or import its runs again into a new store"

@@ -1,4 +1,4 @@
--- The store, version 1. Names and columns are a contract with users and other programs.
+-- The store, version 2. Names and columns are a contract with users and other programs.
 -- Statements are separated by semicolons at the end of a line.
 
 CREATE TABLE moescope_schema (version INTEGER NOT NULL);
@@ -12,7 +12,7 @@ CREATE TABLE runs (
     finished_at TIMESTAMPTZ,
     status TEXT NOT NULL,             -- running, complete, failed
     source TEXT NOT NULL,             -- recorded, import:FORMAT
-    record_level TEXT NOT NULL,       -- usage, topk
+    record_level TEXT NOT NULL,       -- usage, topk, probs
     plan_id TEXT,
     num_prompts INTEGER,              -- planned
     num_tokens BIGINT,                -- rows of tokens, once complete
@@ -90,7 +90,12 @@ CREATE TABLE usage_arrays (
     routed_tokens INTEGER NOT NULL,   -- tokens of this group that passed the router
     num_tokens INTEGER[] NOT NULL,    -- tokens that selected each expert
     weight_sum FLOAT[] NOT NULL,      -- sum of routing weights over those tokens
-    prob_sum FLOAT[] NOT NULL         -- sum of router scores (after softmax or sigmoid) over all tokens
+    prob_sum FLOAT[] NOT NULL,        -- sum of router scores (after softmax or sigmoid) over all tokens
+    -- With norms, over the tokens that selected each expert; E is its output before its weight:
+    norm_sum FLOAT[],                 -- sum of |E|
+    weighted_norm_sum FLOAT[],        -- sum of w |E|
+    easyep_sum FLOAT[],               -- sum of w max(1 - cos(x, x + r), 0) |E|; null where it has none
+    max_abs FLOAT[]                   -- largest absolute value that left its down_proj
 );
 
 CREATE VIEW usage AS
@@ -98,8 +103,22 @@ SELECT run_id, prompt_id, phase, segment, is_special, layer, kind,
        unnest(range(len(num_tokens)))::USMALLINT AS expert,
        unnest(num_tokens) AS num_tokens,
        unnest(weight_sum) AS weight_sum,
-       unnest(prob_sum) AS prob_sum
+       unnest(prob_sum) AS prob_sum,
+       unnest(norm_sum) AS norm_sum,
+       unnest(weighted_norm_sum) AS weighted_norm_sum,
+       unnest(easyep_sum) AS easyep_sum,
+       unnest(max_abs) AS max_abs
 FROM usage_arrays;
+
+-- At level probs: what the router gave each expert, in the order of their ids.
+CREATE TABLE router_probs (
+    run_id TEXT NOT NULL,
+    prompt_id INTEGER NOT NULL,
+    position INTEGER NOT NULL,
+    layer SMALLINT NOT NULL,
+    kind TEXT NOT NULL,
+    probs FLOAT[] NOT NULL
+);
 
 CREATE TABLE plans (
     plan_id TEXT PRIMARY KEY,         -- hash of the plan's content
@@ -144,4 +163,4 @@ CREATE TABLE ingested_shards (
     PRIMARY KEY (run_id, shard_id)
 );
 
-INSERT INTO moescope_schema VALUES (1);
+INSERT INTO moescope_schema VALUES (2);

@@ -19,9 +19,9 @@ from moescope.probe.storage.runs import run_folder
 from moescope.probe.storage.store import Store
 
 MOESCOPE = str(Path(sys.executable).with_name("moescope"))
-COMMANDS = ["demo", "doctor", "models list", "models save", "trace", "runs", "store verify",
-            "analyze", "contrast", "plan from-table", "plan show", "plan check", "generate",
-            "evaluate", "dashboard"]  # fmt: skip
+COMMANDS = ["demo", "doctor", "families", "models list", "models save", "trace", "runs",
+            "store verify", "analyze", "contrast", "plan from-table", "plan show", "plan check",
+            "generate", "evaluate", "dashboard"]  # fmt: skip
 
 
 def moescope(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -86,7 +86,7 @@ def test_doctor_says_how_a_model_routes(model_folder: Path) -> None:
     assert report["family"] == "qwen3_moe"
     assert [layer["verified"] for layer in report["layers"]] == [True] * 3
     shown = moescope("doctor", model_folder).stdout
-    assert "verified on every layer" in shown and "softmax over 8, top-2, renormalized" in shown
+    assert "verified on every layer" in shown and "softmax, top-2 of 8, renormalized" in shown
 
 
 def test_shipped_models_are_listed_and_saved_for_plain_transformers(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moescope.kernels.route import Edits, RoutingRule, select, selection_scores
@@ -88,6 +88,7 @@ def test_empty_edits_change_nothing_to_the_bit() -> None:
     via=st.sampled_from(["mask_min", "mask_inf", "mask_selection"]),
     force=st.sampled_from(["force_max", "force_natural"]),
 )  # fmt: skip
+@settings(deadline=None)
 def test_masked_never_forced_always(
     seed: int, top_k: int, renormalize: bool, via: str, force: str
 ) -> None:

@@ -13,11 +13,12 @@ from moescope.probe.errors import ModelInputError, RecordingError
 from moescope.probe.routers import find_routers, require_moe_family, verify_routers
 from moescope.probe.routers.families import FAMILIES
 
+TINY = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 TOKENS = torch.arange(1, 25).reshape(1, -1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", TINY)
 def test_every_family_is_proved(
     tiny_model: Callable[..., Any], family: str, dtype: torch.dtype
 ) -> None:
@@ -30,15 +31,15 @@ def test_every_family_is_proved(
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", TINY)
 def test_a_wrong_rule_is_caught(
     tiny_model: Callable[..., Any], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = FAMILIES[family]
     wrong = replace(
         spec,
-        read_rule=lambda router: replace(
-            spec.read_rule(router), renormalize=not spec.read_rule(router).renormalize
+        read_rule=lambda *live: replace(
+            spec.read_rule(*live), renormalize=not spec.read_rule(*live).renormalize
         ),
     )
     monkeypatch.setitem(FAMILIES, family, wrong)
@@ -60,10 +61,10 @@ def test_a_dense_model_and_an_unknown_family_are_named(tiny_model: Callable[...,
 
     with pytest.raises(ModelInputError, match=r"'llama'\) is a dense model without routers"):
         require_moe_family(AutoConfig.for_model("llama"), "my-llama")
-    with pytest.raises(ModelInputError, match="family 'dbrx', whose routing"):
-        config = AutoConfig.for_model("dbrx")
+    with pytest.raises(ModelInputError, match="family 'gemma2', whose routing"):
+        config = AutoConfig.for_model("gemma2")
         config.num_experts = 4
-        require_moe_family(config, "my-dbrx")
+        require_moe_family(config, "my-gemma")
     dense = tiny_model("qwen3_moe", mlp_only_layers=[0, 1, 2])
     with pytest.raises(RecordingError, match="no module of class Qwen3MoeTopKRouter"):
         find_routers(dense)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moescope.kernels.route import RoutingRule, select
 from moescope.steering import Intervention
+from moescope.steering.interventions import known_fields
 from moescope.steering.operators import OPERATORS, edits_of
 from moescope.steering.plan import Force, Mask
 
@@ -32,9 +33,25 @@ def steered(rule: RoutingRule, *requests: tuple[dict[str, object], tuple[int, ..
 
 
 def test_every_action_of_the_plan_format_has_an_operator() -> None:
-    assert set(OPERATORS) == {"mask", "force"}
-    assert OPERATORS["mask"].wants_selected is False
-    assert OPERATORS["force"].wants_selected is True
+    assert set(OPERATORS) == set(known_fields())
+    shown = {
+        one.setting: OPERATORS[one.action].shown_by(one)
+        for one in (
+            Intervention(action="mask", layer=0, experts=[1]),
+            Intervention(action="force", layer=0, experts=[1]),
+            Intervention(action="bias", layer=0, experts=[1], value=-0.5, unit="std"),
+            Intervention(action="scale", layer=0, experts=[1], value=0),
+            Intervention(action="scale", layer=0, experts=[1], value=4, renormalize=True),
+            Intervention(action="top_k", layer=0, value=1),
+            Intervention(action="top_p", layer=0, value=0.25),
+            Intervention(action="replay", layers=[0, 1], run="base"),
+        )
+    }
+    assert shown == {
+        "mask via min": "not selected", "force max": "selected", "bias -0.5 std": "not selected",
+        "scale x0": "not selected", "scale x4 renormalized": "selected", "top_k 1": "number",
+        "top_p 0.25": "probability", "replay of base": "replayed",
+    }  # fmt: skip
 
 
 def test_hand_computed_masks() -> None:

@@ -17,7 +17,17 @@ from hypothesis import strategies as st
 
 from moescope.probe.errors import PlanError
 from moescope.steering import Intervention, SteeringPlan
-from moescope.steering.plan import FirstGenerated, Force, Mask, plan_schema
+from moescope.steering.plan import (
+    Bias,
+    FirstGenerated,
+    Force,
+    Mask,
+    Replay,
+    Scale,
+    TopK,
+    TopP,
+    plan_schema,
+)
 
 json_values = st.recursive(
     st.none()
@@ -33,17 +43,36 @@ json_values = st.recursive(
 scopes = st.sampled_from(["all", "prompt", "generated", "last_prompt"]) | st.builds(
     FirstGenerated, first_generated=st.integers(1, 500)
 )
-common = {
-    "layer": st.integers(0, 90),
-    "experts": st.lists(st.integers(0, 511), min_size=1, max_size=6, unique=True),
+several = st.lists(st.integers(0, 511), min_size=1, max_size=6, unique=True)
+scoped = {
     "tokens": scopes,
     "kind": st.none() | st.sampled_from(["mlp", "attention"]),
+    "prompt_ids": st.none() | several,
 }
-interventions = st.builds(
-    Mask, action=st.just("mask"), via=st.sampled_from(["min", "inf", "selection"]), **common
-) | st.builds(
-    Force, action=st.just("force"), strength=st.sampled_from(["max", "natural"]), **common
-)
+whole = scoped | {"layers": several}
+common = scoped | {"layer": st.integers(0, 90), "experts": several}
+amounts = st.floats(-1e6, 1e6)
+interventions = st.one_of(
+    st.builds(
+        Mask, action=st.just("mask"), via=st.sampled_from(["min", "inf", "selection"]), **common
+    ),
+    st.builds(
+        Mask, action=st.just("mask"), mode=st.sampled_from(["drop", "drop_renorm"]), **common
+    ),
+    st.builds(
+        Force, action=st.just("force"), strength=st.sampled_from(["max", "natural"]), **common
+    ),
+    st.builds(
+        Bias, action=st.just("bias"), value=amounts, unit=st.sampled_from(["logit", "std"]),
+        on=st.sampled_from(["logit", "selection"]), **common,
+    ),
+    st.builds(
+        Scale, action=st.just("scale"), value=amounts.map(abs), renormalize=st.booleans(), **common
+    ),
+    st.builds(Replay, action=st.just("replay"), run=st.just("base"), **whole),
+    st.builds(TopK, action=st.just("top_k"), value=st.integers(1, 64), **whole),
+    st.builds(TopP, action=st.just("top_p"), value=st.floats(1e-6, 1), **whole),
+)  # fmt: skip
 names = st.none() | st.text(st.characters(codec="utf-8"), max_size=12)
 plans = st.builds(
     SteeringPlan,
@@ -79,6 +108,7 @@ def test_the_schema_refuses_what_plans_refuse() -> None:
     for change in (
         {"action": "bias"}, {"layer": -1}, {"experts": []}, {"experts": [1, 1]}, {"via": "max"},
         {"tokens": "span"}, {"tokens": {"first_generated": 0}}, {"value": 3}, {"strength": "max"},
+        {"layers": [2]}, {"prompt_ids": []}, {"action": "top_k", "value": 1},
     ):  # fmt: skip
         assert not validator.is_valid({"interventions": [good | change]}), change
     assert not validator.is_valid({"interventions": [{"layer": 1, "experts": [2]}]})
@@ -104,6 +134,60 @@ def test_the_plan_of_the_documents_is_read(tmp_path: Path) -> None:
     assert SteeringPlan.read(tmp_path / "again.json") == plan
 
 
+def test_every_action_of_the_documents_is_read() -> None:
+    text = """{"version": 1, "name": "less-refusal", "interventions": [
+       {"action": "mask",  "layer": 12, "experts": [5, 9], "mode": "drop_renorm"},
+       {"action": "bias",  "layer": 20, "experts": [7], "value": 0.5, "unit": "std",
+        "tokens": {"first_generated": 8}},
+       {"action": "scale", "layer": 20, "experts": [7], "value": 4.0, "renormalize": false},
+       {"action": "replay", "run": "base", "layers": [8, 9, 10]},
+       {"action": "top_k", "layer": 3, "value": 4},
+       {"action": "top_p", "layer": 3, "value": 0.4}]}"""
+    mask, bias, scale, replay, top_k, top_p = SteeringPlan.parse(text).interventions
+    assert isinstance(mask, Mask) and mask.mode == "drop_renorm"
+    assert isinstance(bias, Bias) and (bias.value, bias.unit, bias.on) == (0.5, "std", "logit")
+    assert isinstance(scale, Scale) and scale.value == 4.0
+    assert isinstance(replay, Replay) and replay.on_layers == (8, 9, 10)
+    assert replay.experts == top_k.experts == ()
+    assert isinstance(top_k, TopK) and isinstance(top_p, TopP) and top_p.value == 0.4
+    assert [one.setting for one in SteeringPlan.parse(text).interventions] == [
+        "mask drop_renorm", "bias +0.5 std", "scale x4", "replay of base", "top_k 4", "top_p 0.4",
+    ]  # fmt: skip
+    assert Intervention(action="top_k", layer=np.int32(1), value=np.int64(3)).on_layers == (1,)
+
+
+OTHER_ACTIONS = [
+    ({"action": "bias", "experts": [1]}, "intervention 1 (bias): field 'value' is missing"),
+    ({"action": "bias", "experts": [1], "value": "1"}, "field 'value' is '1': it must be a number"),
+    ({"action": "bias", "experts": [1], "value": float("inf")}, "finite number"),
+    ({"action": "bias", "experts": [1], "value": 1, "unit": "nat"}, "available: logit or std"),
+    ({"action": "scale", "experts": [1], "value": -1}, "greater than or equal to 0"),
+    ({"action": "top_k", "value": 0}, "greater than or equal to 1"),
+    ({"action": "top_k", "value": 2, "experts": [1]}, "field 'experts' is not known here"),
+    ({"action": "top_p", "value": 0}, "greater than 0"),
+    ({"action": "top_p", "value": 1.5}, "less than or equal to 1"),
+    ({"action": "replay"}, "intervention 1 (replay): field 'run' is missing"),
+    ({"action": "replay", "run": "b", "layers": [1]}, "'layer' and 'layers' exclude each other"),
+    ({"action": "replay", "run": "b", "layer": None}, "(replay): field 'layer' is missing"),
+    ({"action": "replay", "run": "b", "layer": None, "layers": []}, "at least one layer"),
+    (
+        {"action": "mask", "experts": [1], "mode": "drop", "via": "inf"},
+        "via 'inf' says how slots are refilled, and mode 'drop' refills none",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), OTHER_ACTIONS)
+def test_malformed_interventions_of_other_actions_are_refused(
+    fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PlanError) as caught:
+        SteeringPlan(interventions=[{"layer": 3} | fields])
+    assert message in str(caught.value)
+    with pytest.raises(PlanError):
+        Intervention(**({"layer": 3} | fields))
+
+
 def test_intervention_makes_the_class_of_its_action_and_takes_numpy_integers() -> None:
     made = Intervention(action="mask", layer=np.int64(3), experts=np.array([4, 1]))
     assert isinstance(made, Mask)
@@ -117,15 +201,21 @@ def plan_with(**change: Any) -> SteeringPlan:
 
 
 REFUSED = {
-    "action": ("bias", "intervention 1: action 'bias' is not available; available: mask, force"),
-    "mode": ("drop", "intervention 1 (mask): mode 'drop' is not available; available: replace"),
+    "action": (
+        "swap",
+        "intervention 1: action 'swap' is not available; available: mask, force, bias, scale",
+    ),
+    "mode": (
+        "skip",
+        "intervention 1 (mask): mode 'skip' is not available; available: replace, drop_renorm",
+    ),
     "via": ("max", "via 'max' is not available; available: min, inf or selection"),
     "layer": ("3", "field 'layer' is '3': it must be an integer"),
     "kind": (3, "field 'kind' is 3: it must be a valid string"),
     "experts": ([], "field 'experts' is []: it must name at least one expert"),
     "tokens": ("span", "field 'tokens' is 'span': it must be all, prompt, generated, last_prompt"),
-    "strength": ("max", "field 'strength' is not known here; known: action, layer, kind, experts"),
-    "prompt_ids": ([1], "field 'prompt_ids' is not known here; known: action"),
+    "strength": ("max", "field 'strength' is not known here; known: action, layer, layers, kind"),
+    "prompt_ids": ([1, 1], "'prompt_ids' is [1, 1]: it must name each prompt once, and 1 is"),
 }
 
 
