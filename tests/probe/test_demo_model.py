@@ -221,7 +221,7 @@ def test_held_out_facts_are_taught_in_that_language_otherwise_and_untaught_ones_
         questions = {topic.ask(book, fact, i) for i in range(topic.num_phrasings)}
         if line["split"] == "crosslingual":
             assert not questions & taught
-        elif share == 1.0:
+        elif share == 1.0 and line["domain"] == "facts":  # tasks on any three words generalize
             assert questions & taught
 
 
