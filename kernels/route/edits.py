@@ -182,8 +182,10 @@ def at_ids(values: Tensor, ids_TK: Tensor) -> Tensor:
 def same_total(before_TK: Tensor, after_TK: Tensor) -> Tensor:
     """`after_TK` times what makes each token's weights sum to what they did before; 0 stays 0."""
     total_T1 = after_TK.float().sum(dim=-1, keepdim=True)
-    factor_T1 = before_TK.float().sum(dim=-1, keepdim=True) / total_T1
-    return after_TK * factor_T1.masked_fill(total_T1 == 0, 0.0)
+    wanted_T1 = before_TK.float().sum(dim=-1, keepdim=True)
+    # Shares first: a factor would overflow where next to nothing is left.
+    shares_TK = after_TK / total_T1.masked_fill(total_T1 == 0, 1.0)
+    return torch.where(total_T1 == wanted_T1, after_TK, shares_TK * wanted_T1)
 
 
 def edited_weights(weights_TK: Tensor, ids_TK: Tensor, edits: Edits, *, normalizes: bool) -> Tensor:
