@@ -10,7 +10,7 @@ import torch
 from moescope.probe.models import ModelBundle
 from moescope.probe.prompts import Prompt
 from moescope.probe.rendering import render_prompt
-from moescope.probe.routers import LayerInfo, RouterSite, verify_routers
+from moescope.probe.routers import LayerInfo, verify_routers
 
 _EXAMPLE = "What happened in the year in which the bridge was built, and who built it?"
 
@@ -105,15 +105,7 @@ def examine(bundle: ModelBundle) -> Examination:
         device=str(bundle.device),
         layers=tuple(site.info for site in sites),
         parameters=parameters,
-        active_parameters=parameters - sum(_idle_parameters(site) for site in sites),
+        active_parameters=parameters - sum(site.idle_parameters for site in sites),
         parameter_bytes=sum(p.numel() * p.element_size() for p in bundle.model.parameters()),
         trace_bytes_per_token=sum(site.info.top_k * 6 for site in sites),
     )
-
-
-def _idle_parameters(site: RouterSite) -> int:
-    """Parameters of the experts that a token does not select."""
-    held = sum(parameter.numel() for parameter in site.experts.parameters())
-    rule = site.info.rule
-    real = rule.num_experts - rule.num_zero_experts - int(rule.has_skip)
-    return round(held * max(0, real - rule.top_k) / real)

@@ -97,7 +97,7 @@ def estimate(model: nn.Module, *, stored_bytes: int | None = None) -> MemoryEsti
         parameters=parameters,
         active_parameters=None
         if sites is None
-        else parameters - sum(_idle_parameters(site) for site in sites),
+        else parameters - sum(site.idle_parameters for site in sites),
         parameter_bytes=sum(tensor.numel() * tensor.element_size() for tensor in held)
         if stored_bytes is None
         else stored_bytes,
@@ -114,15 +114,6 @@ def _sites(model: nn.Module) -> list[RouterSite] | None:
         return find_routers(model)
     except (MoescopeError, RuntimeError, NotImplementedError):
         return None
-
-
-def _idle_parameters(site: RouterSite) -> int:
-    """Parameters of the experts that a token does not select."""
-    if site.experts is site.block:
-        return 0
-    held = sum(parameter.numel() for parameter in site.experts.parameters())
-    real = site.info.num_experts - site.info.rule.num_zero_experts - int(site.info.rule.has_skip)
-    return round(held * max(0, real - site.info.top_k) / real)
 
 
 def _cache_growth(model: nn.Module, sites: list[RouterSite]) -> int | None:

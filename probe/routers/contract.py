@@ -118,8 +118,14 @@ def _output(model: Any, input_ids: Tensor) -> Tensor:
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = input_ids
     found = model(**inputs)
-    output = found.logits if hasattr(found, "logits") else found.last_hidden_state
-    assert isinstance(output, Tensor)
+    output = getattr(found, "logits", None)
+    if output is None:
+        output = found[0]
+    if not isinstance(output, Tensor):
+        raise RecordingError(
+            f"{type(model).__name__} returns neither logits nor hidden states, so it cannot be "
+            "seen whether its routing has any effect"
+        )
     return output
 
 
@@ -235,13 +241,17 @@ def _writing_problems(
     with _replaced(sites, problems=problems), _watching(sites) as seen:
         after = _output(model, input_ids)
     for site in sites:
-        entry = seen[site.info.module]
+        entry, name = seen[site.info.module], site.info.module
         if entry.router is None or not _arrived_as_returned(site, entry, *entry.router[1:]):
-            problems[site.info.module] = "the experts do not get the selection that is written"
+            problems[name] = (
+                problems[name] or "the experts do not get the selection that is written"
+            )
     if torch.equal(after, before):
         return problems, 0.0
     noise = _distance(_output(model, input_ids), before)
     for site in sites if noise == 0 else ():
+        if problems[site.info.module] is not None:
+            continue
         with _replaced([site]):
             same = torch.equal(_output(model, input_ids), before)
         if not same:

@@ -190,6 +190,14 @@ class RouterSite:
         return (self.experts, *self.more_experts)
 
     @property
+    def idle_parameters(self) -> int:
+        """Parameters of the experts that one token does not select."""
+        held = sum(one.numel() for module in self.expert_modules for one in module.parameters())
+        rule = self.info.rule
+        real = rule.num_experts - rule.num_zero_experts - int(rule.has_skip)
+        return round(held * max(0, real - rule.top_k) / real)
+
+    @property
     def where(self) -> str:
         """The layer as error messages name it."""
         return f"layer {self.info.layer} ({self.info.module})"

@@ -261,3 +261,28 @@ def test_the_rule_is_read_anew_each_time() -> None:
 
 def test_known_families_are_the_built_in_ones_here() -> None:
     assert set(FAMILIES) <= set(known_families())
+
+
+@pytest.mark.parametrize(
+    ("family", "idle_share", "names"),
+    [
+        ("mixtral", 6 / 8, ("gate_up_proj", "down_proj")),
+        ("jetmoe", 6 / 8, ("input_linear.weight", "output_linear.weight")),
+        ("doge", 12 / 16, ("down_embed.weight", "up_embed.weight")),
+        ("zaya", 7 / 8, ("experts.gate_up_proj", "experts.down_proj")),
+        ("switch_transformers", 7 / 8, ("wi.weight", "wo.weight")),
+    ],
+)
+def test_the_experts_that_a_token_passes_over_are_all_counted(
+    family: str, idle_share: float, names: tuple[str, ...]
+) -> None:
+    """By parameter names: every weight with one of these names in a routed block is an expert's."""
+    model = built(family).model
+    sites = find_routers(model)
+    block_names = {name for name, one in model.named_modules() for s in sites if one is s.block}
+    held = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if name.endswith(names) and any(name.startswith(f"{block}.") for block in block_names)
+    )
+    assert sum(site.idle_parameters for site in sites) == round(held * idle_share)

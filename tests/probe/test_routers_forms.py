@@ -128,7 +128,10 @@ def test_fewer_experts_can_be_written_where_the_family_takes_them(row: str) -> N
     sites = find_routers(tiny.model)
     fewer = sites[0].info.top_k - 1
     before = output_of(tiny)
-    choose = lambda found: (found.weights[:, :fewer], found.expert_ids[:, :fewer])  # noqa: E731
+
+    def choose(found: RouterOutput) -> tuple[Tensor, Tensor]:
+        return found.weights[:, :fewer], found.expert_ids[:, :fewer]
+
     with writing(sites, choose), watching(sites) as seen:
         after = output_of(tiny)
     assert not torch.equal(before, after)
@@ -141,10 +144,11 @@ def test_fewer_experts_can_be_written_where_the_family_takes_them(row: str) -> N
 
 
 def test_forms_that_take_only_some_numbers_say_so() -> None:
-    def more(found):
+    def more(found: RouterOutput) -> tuple[Tensor, Tensor]:
+        another = (found.expert_ids[:, :1] + 3) % 8
         return (
             torch.cat([found.weights, found.weights[:, :1]], 1),
-            torch.cat([found.expert_ids, (found.expert_ids[:, :1] + 3) % 8], 1),
+            torch.cat([found.expert_ids, another], 1),
         )
 
     for row, words in (("switch_transformers", "one expert"), ("jetmoe", "at most 2 experts")):
