@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from moescope.kernels.route import Edits, select
 from moescope.probe.bridges import underlying
-from moescope.probe.errors import RecordingError
+from moescope.probe.errors import RecordingError, UnknownRoutingError
 from moescope.probe.routers.discovery import find_routers
 from moescope.probe.routers.spec import RouterOutput, RouterSite
 
@@ -51,6 +51,7 @@ class _Seen:
 
     router: RouterOutput | None = None
     inputs: dict[str, Any] | None = None
+    unknown: str | None = None
     experts_called: bool = False
     arrived: tuple[Tensor, Tensor] | None = None
     counted: Tensor | None = None
@@ -145,7 +146,10 @@ def _watching(sites: Sequence[RouterSite]) -> Iterator[dict[str, _Seen]]:
                 entry: _Seen = entry,
             ) -> None:
                 entry.router = site.form.read(site, args, output)
-                entry.inputs = site.form.inputs(site, args, output)
+                try:
+                    entry.inputs = site.form.inputs(site, args, output)
+                except UnknownRoutingError as error:
+                    entry.unknown = str(error)
 
             def on_experts(
                 _module: nn.Module,
@@ -216,6 +220,8 @@ def _arrived_as_returned(site: RouterSite, seen: _Seen, weights: Tensor, ids: Te
 
 
 def _replay_problem(site: RouterSite, output: RouterOutput, seen: _Seen) -> str | None:
+    if seen.unknown is not None:
+        return seen.unknown
     try:
         weights, ids = select(output.logits, site.info.rule, None, **(seen.inputs or {}))
     except ValueError as error:

@@ -31,6 +31,7 @@ from moescope.probe.routers.odd_forms import (
     OneHotForm,
     ProductKeyForm,
 )
+from moescope.probe.routers.reading import live_tensor
 from moescope.probe.routers.spec import RouterSpec
 
 _TUPLE = TupleForm()
@@ -41,37 +42,32 @@ _Bias = Callable[[nn.Module, nn.Module], Tensor | None]
 def _correction(router: nn.Module, block: nn.Module) -> Tensor | None:
     """`e_score_correction_bias` of the router, where most families have their bias."""
     del block
-    return _tensor(router, "e_score_correction_bias")
+    return live_tensor(router, "e_score_correction_bias")
 
 
 def _block_correction(router: nn.Module, block: nn.Module) -> Tensor | None:
     """`e_score_correction_bias` of the block, which hands it to the router."""
     del router
-    return _tensor(block, "e_score_correction_bias")
+    return live_tensor(block, "e_score_correction_bias")
 
 
 def _expert_bias(router: nn.Module, block: nn.Module) -> Tensor | None:
     """`expert_bias` of the block, which hands it to the router."""
     del router
-    return _tensor(block, "expert_bias")
+    return live_tensor(block, "expert_bias")
 
 
 def _statics(router: nn.Module, block: nn.Module) -> Tensor | None:
     """Ernie's `moe_statics`, [1, E]."""
     del block
-    found = _tensor(getattr(router, "moe_statics", None), "e_score_correction_bias")
+    found = live_tensor(getattr(router, "moe_statics", None), "e_score_correction_bias")
     return None if found is None else found.reshape(-1)
 
 
 def _balancing(router: nn.Module, block: nn.Module) -> Tensor | None:
     """Zaya's `balancing_biases`."""
     del block
-    return _tensor(router, "balancing_biases")
-
-
-def _tensor(module: nn.Module | None, name: str) -> Tensor | None:
-    found = getattr(module, name, None)
-    return found if isinstance(found, Tensor) else None
+    return live_tensor(router, "balancing_biases")
 
 
 def encoder_or_mlp(name: str) -> str:

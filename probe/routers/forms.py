@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from moescope.kernels.route import shared_weights
-from moescope.probe.errors import RecordingError
+from moescope.probe.errors import RecordingError, UnknownRoutingError
+from moescope.probe.routers.reading import live_tensor
 from moescope.probe.routers.spec import RouterOutput, RouterSite
 
 
@@ -38,6 +39,8 @@ class TupleForm:
         """The selection bias, where the rule has one."""
         del args, output
         bias_E = site.bias
+        if bias_E is not None and bias_E.is_meta:
+            raise UnknownRoutingError(f"{site.where}: its selection bias is not in memory")
         return {} if bias_E is None else {"bias_E": bias_E}
 
     def write(
@@ -198,10 +201,14 @@ def experts_arguments(
 
 
 def tensor_of(site: RouterSite, name: str) -> Tensor:
-    """A tensor of the live router, as it is at this moment."""
-    value = getattr(site.router, name, None)
-    if not isinstance(value, Tensor) or value.is_meta:
-        raise RecordingError(
+    """A tensor of the live router, as it is at this moment.
+
+    Raises:
+        UnknownRoutingError: it is not there, or not in memory.
+    """
+    value = live_tensor(site.router, name)
+    if value is None or value.is_meta:
+        raise UnknownRoutingError(
             f"{site.where}: {type(site.router).__name__}.{name} is not in memory, so the selection "
             "cannot be repeated"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moescope.kernels.route import Groups
 from moescope.probe.errors import UnknownRoutingError
@@ -83,6 +83,26 @@ def setting(config: Any, name: str, of: nn.Module) -> Any:
             "not known"
         )
     return getattr(config, name)
+
+
+def live_tensor(module: nn.Module | None, name: str) -> Tensor | None:
+    """A tensor of a live module as it is now, fetched where accelerate has put it away.
+
+    Offloaded weights are in memory only while their module's forward runs, and hooks run after it:
+    then the hook of accelerate (`hooks.AlignDevicesHook`) says where they are. None where the
+    module has no such tensor; a tensor without data (on the meta device) where it is nowhere.
+    """
+    found = getattr(module, name, None)
+    if not isinstance(found, Tensor):
+        return None
+    if found.is_meta:
+        hook: Any = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            weights = getattr(one, "weights_map", None)
+            if weights is not None and name in weights:
+                stored: Tensor = weights[name].to(one.execution_device)
+                return stored
+    return found
 
 
 def groups_of(router: nn.Module, fill: Literal["-inf", "0"]) -> Groups | None:

@@ -17,6 +17,8 @@ from moescope.probe.routers.families import FAMILIES
 from moescope.probe.routers.forms import TupleForm
 from moescope.probe.zoo import TinyModel, tiny_model
 
+pytestmark = pytest.mark.families
+
 NO_INFLUENCE = "masking the most used expert does not change the output"
 
 
@@ -236,3 +238,34 @@ def test_experts_that_all_run_have_no_routing_to_change() -> None:
     everything = replace(tiny, model=type(model)(config).eval())
     reason = "all experts are selected for every token, so there is no routing to change"
     assert verified(everything) == [(False, reason)] * 3
+
+
+@pytest.mark.parametrize(
+    "row", ["laguna", "inkling", "gemma4", "afmoe", "ernie4_5_moe", "deepseek_v4+hash", "zaya"]
+)
+def test_weights_that_are_put_away_between_forwards_are_fetched(row: str) -> None:
+    """Offloaded: biases, scales and tables have no data when hooks run, but accelerate has it."""
+    accelerate = pytest.importorskip("accelerate")
+    tiny = tiny_model(row)
+    with torch.no_grad():
+        before = [site.bias for site in find_routers(tiny.model)]
+        before = [None if bias is None else bias.clone() for bias in before]
+    accelerate.cpu_offload(tiny.model, torch.device("cpu"), offload_buffers=True)
+    assert all(parameter.is_meta for parameter in tiny.model.parameters())
+    sites = verify_routers(tiny.model, tiny.inputs["input_ids"])
+    assert all(site.info.verified for site in sites), [site.info.reason for site in sites]
+    for site, bias in zip(sites, before, strict=True):
+        assert (site.bias is None) == (bias is None)
+        if bias is not None and site.bias is not None:
+            assert torch.equal(site.bias, bias)
+
+
+def test_a_bias_that_is_nowhere_leaves_the_layer_to_be_recorded_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nowhere = torch.empty(8, device="meta")
+    spec = replace(FAMILIES["deepseek_v3"], bias=lambda router, block: nowhere)
+    monkeypatch.setitem(FAMILIES, "deepseek_v3", spec)
+    found = verified(tiny_model("deepseek_v3"))
+    assert [is_verified for is_verified, _ in found] == [False, False]
+    assert all("selection bias is not in memory" in str(reason) for _, reason in found)
