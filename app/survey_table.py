@@ -28,7 +28,7 @@ images or sound around the text part. What experts get is read at their own inpu
 | empty plan | a plan without interventions leaves the output bit-equal |
 | mask | no token reaches a masked expert (via min, inf, selection), whose weights do not matter |
 | force | every token reaches a forced expert (strength max, natural) |
-| bias | a bias (logit, std, selection only) takes no token from its expert and changes the output |
+| bias | a bias downwards (logit, std, selection only) wins its expert no token and has an effect |
 | scale | only the expert's weight changes, by the factor; with renormalization, the sum stays |
 | drop | a dropped expert counts for nothing (modes drop, drop_renorm) |
 | top_k, top_p | one expert more and one fewer per token; one expert for a share near 0 |

@@ -118,11 +118,9 @@ def _weights_of(site: RouterSite, expert: int) -> Iterator[Tensor]:
     count = site.info.rule.num_experts - site.info.rule.num_zero_experts - site.info.rule.has_skip
     if expert >= count:
         return
-    of_router = {id(one) for one in site.router.parameters()}
-    for tensor in site.experts.parameters():
-        if id(tensor) in of_router or tensor.shape[0] % count:
-            continue
+    for tensor in (one for module in site.expert_modules for one in module.parameters()):
         if tensor.shape[0] == count:
             yield tensor.data[expert]
-        elif tensor.ndim > 1:  # experts stacked along the rows of one matrix
+        elif tensor.ndim > 1 and tensor.shape[0] % count == 0:
+            # experts stacked along the rows of one matrix (DBRX)
             yield tensor.data.view(count, -1, *tensor.shape[1:])[expert]

@@ -15,17 +15,33 @@ import torch
 from moescope.probe.errors import ModelInputError
 from moescope.probe.routers import verify_routers
 from moescope.probe.zoo import families, tiny_model
-from moescope.steering import survey_checks
+from moescope.probe.zoo.capture import without_weights
+from moescope.steering import survey_bench
 from moescope.steering.survey import DTYPES, SurveyRow, examine, survey
-from moescope.steering.survey_checks import CHECKS, RECORDING, STEERING, Bench, CheckError
+from moescope.steering.survey_bench import Bench, CheckError
+from moescope.steering.survey_checks import ACTIONS, CHECKS, RECORDING, STEERING
 
 pytestmark = pytest.mark.families
 
 ROWS = [row for family in families() for row in family.rows]
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "families.md"
 
-#: Row (with its variants) -> check -> what its reason says; everything else must hold.
-EXPECTED: dict[str, dict[str, str]] = {}
+_ONE_BLOCK = "product keys and the experts are one block, so nothing between them can be replaced"
+_IGNORED = "ignore which expert was chosen: whatever the router says, only the first two ever run"
+_ONE_EACH = "sends each token to exactly one expert, up to the expert's capacity"
+
+#: Row, or family with its variants -> check -> its reason; everything else must hold.
+EXPECTED: dict[str, dict[str, str]] = {
+    "doge": dict.fromkeys(("verified", *ACTIONS), _ONE_BLOCK),
+    "nllb_moe": dict.fromkeys(("verified", *ACTIONS), _IGNORED),
+    "jetmoe": {"top_k": "2 query heads for each token; no token can use more than 2"},
+    "switch_transformers": {"top_k": _ONE_EACH, "top_p": _ONE_EACH},
+    "switch_transformers+capacity3": {
+        "force": "6 of 26 tokens .* it takes 3 of each sequence",
+        "top_k": _ONE_EACH,
+        "top_p": _ONE_EACH,
+    },
+}
 
 
 @cache
@@ -92,29 +108,26 @@ def test_steering_that_does_nothing_is_caught(check: str, monkeypatch: pytest.Mo
     def nothing(*_: Any, **__: Any) -> Iterator[None]:
         yield None
 
-    monkeypatch.setattr(survey_checks, "steer", nothing)
+    monkeypatch.setattr(survey_bench, "steer", nothing)
     with pytest.raises(CheckError):
         STEERING[check](bench("mixtral"))
 
 
-def test_a_record_of_other_weights_or_ids_is_caught() -> None:
+@pytest.mark.parametrize("what", ["ids", "weights"])
+def test_a_record_of_other_weights_or_ids_is_caught(what: str) -> None:
+    def change(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, ids, weights = args
+        return (hidden, (ids + 1) % 8, weights) if what == "ids" else (hidden, ids, weights * 2)
+
     shared = bench("mixtral")
-    experts = shared.sites[1].experts
-    for change in (
-        lambda ids, weights: (ids, weights * 2),
-        lambda ids, weights: (ids + 1, weights),
-    ):
-        hook = experts.register_forward_pre_hook(
-            lambda _, args, change=change: (args[0], *change(args[1] % 7, args[2])), prepend=True
-        )
-        with pytest.raises(CheckError, match="not those that its experts got"):
-            RECORDING["recorded"](shared)
-        hook.remove()
+    shared.sites[1].experts.register_forward_pre_hook(change)
+    with pytest.raises(CheckError, match=f"layer 1 .* the recorded {what} are not those"):
+        RECORDING["recorded"](shared)
 
 
 def test_a_hook_left_behind_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = bench("mixtral")
-    real = survey_checks.steer
+    real = survey_bench.steer
 
     @contextmanager
     def leaky(model: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -122,7 +135,7 @@ def test_a_hook_left_behind_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         with real(model, *args, **kwargs) as report:
             yield report
 
-    monkeypatch.setattr(survey_checks, "steer", leaky)
+    monkeypatch.setattr(survey_bench, "steer", leaky)
     with pytest.raises(CheckError, match="leaves a hook behind"):
         STEERING["after an error"](shared)
 
@@ -130,6 +143,6 @@ def test_a_hook_left_behind_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_expert_without_weights_is_missed_only_where_it_has_tokens() -> None:
     shared = bench("mixtral")
     site = shared.sites[-1]
-    with survey_checks.without_weights([(site, shared.most[site.info.module])]):
-        assert not torch.equal(shared.output(), shared.base[0])
-    assert torch.equal(shared.output(), shared.base[0]), "the weights were not put back"
+    with without_weights([(site, shared.most[site.info.module])]):
+        assert not torch.equal(shared.output(), shared.base)
+    assert torch.equal(shared.output(), shared.base), "the weights were not put back"
