@@ -56,7 +56,7 @@ types: setup build/types/moescope ## mypy, strict
 bench: setup ## measurements as ratios, side by side in one run
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
-train-demo: setup ## train the demo model again from its seed
+train-demo: setup ## train the demo models again from their seed
 	$(BIN)/python -m moescope.probe.demo.train
 
 clean: ## remove what was built and installed here

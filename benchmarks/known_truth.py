@@ -20,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+from known_truth_page import page
 from plotly.subplots import make_subplots
 from scipy.stats import spearmanr
 
@@ -282,7 +283,11 @@ def save_figures(figures: Mapping[str, go.Figure], folder: Path, chromium: str) 
         )
         for name, figure in figures.items():
             figure.update_layout(
-                width=WIDTH, paper_bgcolor="white", plot_bgcolor="white", margin={"r": 40, "l": 90}
+                template="plotly_white",
+                width=WIDTH,
+                paper_bgcolor="white",
+                plot_bgcolor="white",
+                margin={"r": 40, "l": 90},
             )
             page_file = Path(temporary) / f"{name}.html"
             figure.write_html(page_file, config={**EXPORT_CONFIG, "displayModeBar": False})
@@ -297,8 +302,6 @@ def save_figures(figures: Mapping[str, go.Figure], folder: Path, chromium: str) 
 
 def main() -> None:
     """Measure, and write results, figures and page."""
-    from known_truth_page import page
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/demo-models"))
     parser.add_argument("--store", type=Path, default=Path("out/known-truth.duckdb"))

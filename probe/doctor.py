@@ -37,7 +37,7 @@ class Examination:
     trace_bytes_per_token: int
 
     def lines(self) -> list[str]:
-        """The examination in sentences."""
+        """How it routes, in sentences."""
         refused = [info for info in self.layers if not info.verified]
         reasons = dict.fromkeys(str(info.reason) for info in refused)
         computed = sorted({info.implementation for info in self.layers})
@@ -50,12 +50,17 @@ class Examination:
         return [
             f"{self.name}: family {self.family}, {len(self.layers)} routed layers, "
             f"{self.dtype} on {self.device}",
+            f"experts computed by: {', '.join(computed)}",
+            f"routing: {steering}",
+        ]
+
+    def size_lines(self) -> list[str]:
+        """What the loaded model holds and a trace of it needs, in sentences."""
+        return [
             f"parameters: {self.parameters:,}, of which {self.active_parameters:,} active per "
             f"token; {self.parameter_bytes / 1e9:.2f} GB of memory",
             f"a trace at level topk: {self.trace_bytes_per_token:,} bytes a token before "
             "compression",
-            f"experts computed by: {', '.join(computed)}",
-            f"routing: {steering}",
         ]
 
     def layer_rows(self) -> list[tuple[Any, ...]]:

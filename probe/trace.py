@@ -170,13 +170,10 @@ def trace_prompts(
         if point.is_complete:
             raise RunError(f"run {run!r} is complete already; choose another name with --run")
         tally = _Tally()
-        resumed = sum(
-            len(batch.members) for batch in batches if shard_name(batch.index) in point.finished
-        )
+        left = [batch for batch in batches if shard_name(batch.index) not in point.finished]
+        resumed = len(prompts) - sum(len(batch.members) for batch in left)
         with start_ingester(store, point.folder, keep_shards=keep_shards) as ingester:
-            for batch in batches:
-                if shard_name(batch.index) in point.finished:
-                    continue
+            for batch in left:
                 ingester.check()
                 tables = _run_batch(bundle, batch, rendered, sites, layers, options)
                 _write_batch(batch, rendered, tables, point.folder.path, tally)
@@ -184,7 +181,13 @@ def trace_prompts(
                     progress(resumed + tally.prompts, len(prompts), tally.note)
             point.folder.finish()
             ingester.wait_until_done(announce=announce)
-    # Counted in the store: after a resume this call's own tally is only a part of the run.
+    return _summary(store, run, len(prompts), resumed, tally)
+
+
+def _summary(
+    store: str | PathLike[str], run: str, num_prompts: int, resumed: int, tally: _Tally
+) -> TraceSummary:
+    """What the run holds now: after a resume the tally of this call is only a part of it."""
     counted = Store(store).query(
         "SELECT (SELECT count(*) FROM tokens WHERE run_id = $run) AS tokens, "
         "(SELECT count(*) FROM routing WHERE run_id = $run) AS rows",
@@ -192,7 +195,7 @@ def trace_prompts(
     )
     return TraceSummary(
         run_id=run,
-        prompts=len(prompts),
+        prompts=num_prompts,
         tokens=int(counted["tokens"].item()),
         rows=int(counted["rows"].item()),
         resumed=resumed,

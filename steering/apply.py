@@ -126,7 +126,8 @@ def _sources(
         if one.run not in runs:
             raise PlanError(
                 f"intervention {number} replays run {one.run!r}, whose routing was not handed "
-                f"over; give it as runs={{{one.run!r}: ...}}"
+                f"over; in Python, steer(model, plan, runs=...) takes it under that name, "
+                "the command line takes none yet"
             )
         found[number] = source_of(runs[one.run]).begin(site)
     return found

@@ -64,7 +64,8 @@ def evaluate_plan(
         prompts: groups are their labels; `expected` decides what is correct.
         neutral_label: the label of prompts that have nothing to do with the behavior; on these
             the side effects are measured.
-        num_controls: random plans of the same shape, with seeds `seed`, `seed + 1`, ...
+        num_controls: random plans of the same shape, with seeds `seed`, `seed + 1`, ...; none for
+            a plan that names no experts (another top-k, say), which a note then tells.
         seed: also of the bootstrap.
         max_new_tokens: answers are cut here.
         tokens_per_batch: padded tokens a batch may hold, answers included.
@@ -86,7 +87,8 @@ def evaluate_plan(
     infos = [site.info for site in sites]
     check(plan, infos)
     plans: dict[str, SteeringPlan | None] = {UNSTEERED: None, STEERED: plan}
-    for control_seed in range(seed, seed + num_controls):
+    has_experts = any(one.experts for one in plan.interventions)
+    for control_seed in range(seed, seed + num_controls) if has_experts else ():
         plans[f"control:random:{control_seed}"] = random_plan(plan, infos, control_seed)
     asker = Asker(
         bundle, rendered, sites, max_new_tokens=max_new_tokens, tokens_per_batch=tokens_per_batch,
@@ -293,6 +295,9 @@ def _notes(
     conditions: Sequence[Condition], neutral: Sequence[int], neutral_label: str
 ) -> tuple[str, ...]:
     notes: list[str] = []
+    steered = next(one.plan for one in conditions if one.name == STEERED)
+    if steered is not None and not any(one.experts for one in steered.interventions):
+        notes.append("the plan names no experts, so random experts cannot be its control")
     if not neutral:
         notes.append(f"no prompt is labelled {neutral_label!r}: side effects were not measured")
     silent = [at for at in neutral if not conditions[0].answers[at].token_ids]

@@ -42,6 +42,8 @@ def families(
     unknown = sorted(set(dtype or DTYPES) - set(DTYPES))
     if unknown:
         raise InputError(f"--dtype is {' or '.join(DTYPES)}, not {unknown[0]!r}")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: there is no directory {out.absolute().parent}")
     transformers.logging.set_verbosity_error()
     with console.progress("families", "families") as progress:
         rows = list(survey(names or (), dtypes=dtype or DTYPES, progress=progress))

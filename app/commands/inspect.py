@@ -58,7 +58,8 @@ def doctor(
     if as_json:
         console.print_json({**report.to_json(), "memory": memory.to_json()})
         return
-    for line in report.lines():
+    told_before_loading = memory.active_parameters is not None
+    for line in [*report.lines(), *([] if told_before_loading else report.size_lines())]:
         console.emit(line)
     console.print_rows(
         ("layer", "kind", "experts", "top-k", "shared", "rule", "verified"), report.layer_rows()

@@ -223,7 +223,12 @@ def show_plan(plan: SteeringPlan) -> None:
     console.print_rows(
         ("action", "layer", "experts", "setting"),
         [
-            (item.action, item.layer, ", ".join(str(e) for e in item.experts), item.setting)
+            (
+                item.action,
+                ", ".join(map(str, item.on_layers)),
+                ", ".join(str(e) for e in item.experts),
+                item.setting,
+            )
             for item in plan.interventions
         ],
     )

@@ -19,7 +19,6 @@ from moescope.probe.figures.style import (
     escaped,
     grid_height,
     layer_by_expert,
-    legend_above,
     map_axes,
     only_kind,
     only_value,
@@ -143,8 +142,8 @@ def specialization_leaders(
     figure = blank_figure(
         table,
         f"What experts specialize in, by {by} "
-        f"(colored from {least:.0%} of an expert's use on; chance {chance:.0%})",
-        height=grid_height(len(layers)) + 40,
+        f"(colored from {least:.0%} of an expert's use on; chance {chance:.1%})",
+        height=grid_height(len(layers)) + 60,
     )
     words = [escaped(str(value)) for value in values]
     figure.add_trace(
@@ -172,7 +171,8 @@ def specialization_leaders(
             go.Scatter(x=[None], y=[None], mode="markers", marker=marker, name=f"{word} ({count})")
         )
     map_axes(figure, layers)
-    legend_above(figure)
+    # Below: it takes as many rows as a narrow window needs, and they must not cover the map.
+    figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"})
     return figure
 
 

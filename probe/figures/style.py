@@ -2,7 +2,7 @@
 
 Colors are told apart with any color vision: Viridis for amounts, a blue-white-red scale for
 differences, and the palette of Okabe and Ito for lines, without its black and yellow, which vanish
-on dark and on light pages.
+on dark and on light pages, and two of Tol's colors after it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from moescope.probe.errors import AnalysisInputError
 
 SEQUENTIAL = "Viridis"
 DIVERGING = "RdBu_r"
-LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINE_COLORS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#882255",
+    "#999933",
+)
 #: For up to ten categories: Tol's "muted" scheme and grey, told apart with any color vision.
 CATEGORY_COLORS = (
     "#332288", "#88CCEE", "#44AA99", "#DDCC77", "#CC6677",

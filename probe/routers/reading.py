@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moescope.kernels.route import Groups
+from moescope.kernels.route import Groups, RoutingRule
 from moescope.probe.errors import UnknownRoutingError
 
 _FLOATS: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
@@ -103,6 +103,22 @@ def live_tensor(module: nn.Module | None, name: str) -> Tensor | None:
                 stored: Tensor = weights[name].to(one.execution_device)
                 return stored
     return found
+
+
+def rule_of(router: nn.Module, *, renormalize: bool, **more: Any) -> RoutingRule:
+    """The rule of a router that keeps its sizes as `num_experts` and `top_k`, as most do.
+
+    Args:
+        router: the live router.
+        renormalize: as in the rule.
+        more: what else is not the rule's default.
+    """
+    return RoutingRule(
+        num_experts=whole(router, "num_experts"),
+        top_k=whole(router, "top_k"),
+        renormalize=renormalize,
+        **more,
+    )
 
 
 def groups_of(router: nn.Module, fill: Literal["-inf", "0"]) -> Groups | None:

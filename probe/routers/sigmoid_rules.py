@@ -17,20 +17,17 @@ from moescope.probe.routers.reading import (
     groups_of,
     hidden_dtype,
     number,
+    rule_of,
     score_of,
-    whole,
 )
 
 
 def deepseek_v3(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
     """DeepSeek-V3 and the many that follow it: bias for choosing, groups by their two best."""
     del block, config
-    return RoutingRule(
-        num_experts=whole(router, "num_experts"),
-        top_k=whole(router, "top_k"),
+    return _plain(
+        router,
         renormalize=flag(router, "norm_topk_prob"),
-        score="sigmoid",
-        selection_bias="score",
         groups=groups_of(router, fill="-inf"),
         epsilon=1e-20,
         scale=number(router, "routed_scaling_factor"),
@@ -40,29 +37,15 @@ def deepseek_v3(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule
 
 def axk2(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
     """A.X K2: as DeepSeek-V3, but experts outside the groups count as 0 and can still win."""
-    del block, config
-    return RoutingRule(
-        num_experts=whole(router, "num_experts"),
-        top_k=whole(router, "top_k"),
-        renormalize=flag(router, "norm_topk_prob"),
-        score="sigmoid",
-        selection_bias="score",
-        groups=groups_of(router, fill="0"),
-        epsilon=1e-20,
-        scale=number(router, "routed_scaling_factor"),
-        sorted_ids=False,
-    )
+    return replace(deepseek_v3(router, block, config), groups=groups_of(router, fill="0"))
 
 
 def beam(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
     """Beam: as DeepSeek-V3, sorted, and the scale is applied after the experts."""
     del config
-    return RoutingRule(
-        num_experts=whole(router, "num_experts"),
-        top_k=whole(router, "top_k"),
+    return _plain(
+        router,
         renormalize=flag(router, "norm_topk_prob"),
-        score="sigmoid",
-        selection_bias="score",
         groups=groups_of(router, fill="-inf"),
         epsilon=1e-20,
         scale=number(block, "routed_scaling_factor"),
@@ -71,12 +54,9 @@ def beam(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
 
 
 def _plain(router: nn.Module, **more: Any) -> RoutingRule:
-    """A selection bias, no groups, always normalized."""
-    fields: dict[str, Any] = {
-        "num_experts": whole(router, "num_experts"), "top_k": whole(router, "top_k"),
-        "renormalize": True, "score": "sigmoid", "selection_bias": "score",
-    }  # fmt: skip
-    return RoutingRule(**(fields | more))
+    """A selection bias and a sigmoid, always normalized, unless told otherwise."""
+    fields: dict[str, Any] = {"renormalize": True, "score": "sigmoid", "selection_bias": "score"}
+    return rule_of(router, **(fields | more))
 
 
 def afmoe(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:

@@ -18,6 +18,7 @@ from moescope.probe.routers.reading import (
     groups_of,
     hidden_dtype,
     number,
+    rule_of,
     setting,
     value_of,
     whole,
@@ -27,9 +28,8 @@ from moescope.probe.routers.reading import (
 def optionally_normalized(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
     """OLMoE, Qwen2-MoE, Qwen3-MoE, ...: `norm_topk_prob` decides; weights in the logits' dtype."""
     del block, config
-    return RoutingRule(
-        num_experts=whole(router, "num_experts"),
-        top_k=whole(router, "top_k"),
+    return rule_of(
+        router,
         renormalize=flag(router, "norm_topk_prob"),
     )
 
@@ -37,17 +37,14 @@ def optionally_normalized(router: nn.Module, block: nn.Module, config: Any) -> R
 def always_normalized(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
     """Qwen3.5-MoE, Qwen3-VL-MoE, Hunyuan: weights always sum to 1, in the logits' dtype."""
     del block, config
-    return RoutingRule(
-        num_experts=whole(router, "num_experts"), top_k=whole(router, "top_k"), renormalize=True
-    )
+    return rule_of(router, renormalize=True)
 
 
 def normalized_in_float32(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
     """Mixtral, MiniMax: weights always sum to 1 and stay in float32."""
     del block, config
-    return RoutingRule(
-        num_experts=whole(router, "num_experts"),
-        top_k=whole(router, "top_k"),
+    return rule_of(
+        router,
         renormalize=True,
         weight_dtype="float32",
     )
@@ -56,9 +53,7 @@ def normalized_in_float32(router: nn.Module, block: nn.Module, config: Any) -> R
 def never_normalized(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
     """Jamba: the probabilities themselves."""
     del block, config
-    return RoutingRule(
-        num_experts=whole(router, "num_experts"), top_k=whole(router, "top_k"), renormalize=False
-    )
+    return rule_of(router, renormalize=False)
 
 
 def greedy_or_grouped(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
@@ -76,9 +71,8 @@ def greedy_or_grouped(router: nn.Module, block: nn.Module, config: Any) -> Routi
             f"{type(router).__name__}.topk_method is {method!r}; known are 'greedy' and "
             "'group_limited_greedy'"
         )
-    return RoutingRule(
-        num_experts=whole(router, "num_experts"),
-        top_k=whole(router, "top_k"),
+    return rule_of(
+        router,
         renormalize=False,
         groups=groups,
         scale=number(router, "routed_scaling_factor"),
@@ -89,9 +83,8 @@ def greedy_or_grouped(router: nn.Module, block: nn.Module, config: Any) -> Routi
 def mistral4(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
     """Mistral 4: softmax in the logits' own dtype, groups whose others count as 0."""
     del block, config
-    return RoutingRule(
-        num_experts=whole(router, "num_experts"),
-        top_k=whole(router, "top_k"),
+    return rule_of(
+        router,
         renormalize=flag(router, "norm_topk_prob"),
         epsilon=1e-20,
         groups=groups_of(router, fill="0"),
@@ -104,9 +97,8 @@ def mistral4(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
 def mistral_large4(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
     """Mistral Large 4: as Mistral 4, always normalized, on float32 logits."""
     del block, config
-    return RoutingRule(
-        num_experts=whole(router, "num_experts"),
-        top_k=whole(router, "top_k"),
+    return rule_of(
+        router,
         renormalize=True,
         epsilon=1e-20,
         groups=groups_of(router, fill="0"),
@@ -132,9 +124,8 @@ def longcat(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
 
 def ernie(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
     """Ernie 4.5: selection bias in `moe_statics`; the sum has a floor."""
-    return RoutingRule(
-        num_experts=whole(router, "num_experts"),
-        top_k=whole(router, "top_k"),
+    return rule_of(
+        router,
         renormalize=True,
         selection_bias="score",
         epsilon=number(router, "norm_min"),
@@ -146,9 +137,8 @@ def ernie(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
 def of_the_chosen(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
     """Aria, GPT-OSS: softmax of the K logits, in their own dtype."""
     del block, config
-    return RoutingRule(
-        num_experts=whole(router, "num_experts"),
-        top_k=whole(router, "top_k"),
+    return rule_of(
+        router,
         renormalize=False,
         score="identity",
         weights="softmax_topk",
@@ -158,9 +148,8 @@ def of_the_chosen(router: nn.Module, block: nn.Module, config: Any) -> RoutingRu
 
 def of_the_chosen_in_float32(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
     """Granite, JetMoE: softmax of the K logits in float32, weights in the hidden states' dtype."""
-    return RoutingRule(
-        num_experts=whole(router, "num_experts"),
-        top_k=whole(router, "top_k"),
+    return rule_of(
+        router,
         renormalize=False,
         score="identity",
         weights="softmax_topk",
@@ -171,9 +160,8 @@ def of_the_chosen_in_float32(router: nn.Module, block: nn.Module, config: Any) -
 def privacy_filter(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
     """OpenAI's privacy filter: divided by K here, times K in the block."""
     del block, config
-    return RoutingRule(
-        num_experts=whole(router, "num_experts"),
-        top_k=whole(router, "top_k"),
+    return rule_of(
+        router,
         renormalize=False,
         score="identity",
         weights="softmax_topk",
@@ -184,17 +172,13 @@ def privacy_filter(router: nn.Module, block: nn.Module, config: Any) -> RoutingR
 def cohere2(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
     """Cohere 2 MoE: softmax or sigmoid (`expert_selection_fn`) of the K logits."""
     del block, config
-    num_experts, top_k = whole(router, "num_experts"), whole(router, "top_k")
     function = value_of(router, "expert_selection_fn")
     if function == "softmax":
-        return RoutingRule(
-            num_experts=num_experts, top_k=top_k, renormalize=False, score="identity",
-            weights="softmax_topk",
-        )  # fmt: skip
+        return rule_of(router, renormalize=False, score="identity", weights="softmax_topk")
     if function == "sigmoid":
-        return RoutingRule(
-            num_experts=num_experts, top_k=top_k, renormalize=flag(router, "norm_topk_prob"),
-            score="identity", weights="sigmoid_topk", arithmetic="native",
+        return rule_of(
+            router, renormalize=flag(router, "norm_topk_prob"), score="identity",
+            weights="sigmoid_topk", arithmetic="native",
         )  # fmt: skip
     raise UnknownRoutingError(
         f"{type(router).__name__}.expert_selection_fn is {function!r}; known are 'softmax' and "
@@ -205,9 +189,8 @@ def cohere2(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
 def phimoe(router: nn.Module, block: nn.Module, config: Any) -> RoutingRule:
     """Phi-3.5-MoE: the sparse mixer, as it is outside training."""
     del block, config
-    return RoutingRule(
-        num_experts=whole(router, "num_experts"),
-        top_k=whole(router, "top_k"),
+    return rule_of(
+        router,
         renormalize=False,
         weights="sparsemixer",
         jitter=number(router, "router_jitter_noise"),

@@ -53,6 +53,15 @@ def test_conditions_are_unsteered_steered_and_one_control_a_seed(result: Evaluat
         assert [len(part.experts) for part in one.plan.interventions] == [3, 3, 3]
 
 
+def test_a_plan_without_experts_has_no_random_control_and_says_so(tiny_bundle: Any) -> None:
+    one_expert = [{"action": "top_k", "layer": layer, "value": 1} for layer in range(3)]
+    plan = SteeringPlan(name="one", interventions=one_expert)
+    found = evaluate_plan(tiny_bundle, plan, prompts(), num_controls=2, max_new_tokens=3)
+    assert [one.name for one in found.conditions] == ["unsteered", "steered"]
+    assert any("random experts cannot be its control" in note for note in found.lines())
+    assert found.value("steered", "all", "achieved") == 1.0
+
+
 def test_every_rate_and_change_follows_from_the_judged_answers(result: EvaluationResult) -> None:
     groups = [prompt.label or "unlabelled" for prompt in prompts()]
     assert set(result.frame["group"]) == {"sensitive", "neutral", "unlabelled", "all"}
