@@ -13,7 +13,7 @@ from moescope.app import console
 from moescope.probe.errors import AnalysisInputError, InputError
 
 if TYPE_CHECKING:
-    from moescope.probe.analysis import AnalysisTable, Filters
+    from moescope.probe.analysis import AnalysisTable, Filters, Parameter
 
 StoreOption = Annotated[Path | None, typer.Option(help="The DuckDB file.")]
 RunOption = Annotated[str | None, typer.Option(help="The run; not needed if there is only one.")]
@@ -251,8 +251,21 @@ def _list_analyses(as_json: bool) -> None:
             }
         )
         return
-    for name, analysis in ANALYSES.items():
-        console.emit(f"{name}: {analysis.question}")
+    for analysis in ANALYSES.values():
+        console.emit(f"{analysis.name}: {analysis.question}")
         for parameter in analysis.parameters:
-            default = "required" if parameter.required else f"default {parameter.default}"
-            console.emit(f"    --{parameter.name.replace('_', '-')}  {parameter.help} ({default})")
+            name = parameter.name.replace("_", "-")
+            console.emit(f"    --{name}  {parameter.help} ({_default(parameter)})")
+
+
+def _default(parameter: Parameter) -> str:
+    """What holds when a parameter is not given, in words."""
+    if parameter.required:
+        return "required"
+    if parameter.default is None:
+        return "none by default"
+    if parameter.type == "conditions":
+        from moescope.probe.analysis.filters import describe_conditions
+
+        return f"default {describe_conditions(parameter.default)}"
+    return f"default {parameter.default}"

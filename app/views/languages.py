@@ -20,6 +20,11 @@ _FLOORS: Final = {
     "other_passages": "another passage, same language",
     "none": "none",
 }
+_MEASURES: Final = {
+    "jsd": "divergence (JSD)",
+    "jsd_excess": "divergence above the floor",
+    "d_hjs": "divergence over its entropy headroom",
+}
 
 
 def show() -> None:
@@ -29,14 +34,32 @@ def show() -> None:
         "At which layers, and how strongly, does a language use other experts than the pivot?",
     )
     run = state.shown_run()
-    values = state.comparable_fields(run)
-    languages = values.get("lang", [])
+    languages = state.comparable_fields(run).get("lang", [])
     if len(languages) < 2 or not state.has_field(run, "pair_id"):
         st.info(
             "This needs the same content in several languages: prompts with `lang`, and a "
             "`pair_id` that joins translations, as in the shipped set `parallel`."
         )
         return
+    q, pivot, floor = _ask(languages)
+    from_pivot, every_two, scores = st.tabs(
+        ["From the pivot", "Every two languages", "Against a score"],
+        key="view",
+        bind="query-params",
+    )
+    if from_pivot.open:
+        with from_pivot:
+            _show_curves(run, q, pivot, floor)
+    if every_two.open:
+        with every_two, layout.errors_as_sentences():
+            _show_tree(run, q, floor)
+    if scores.open:
+        with scores, layout.errors_as_sentences():
+            _show_scores(run, q, pivot, floor)
+
+
+def _ask(languages: list[str]) -> tuple[str, str, str]:
+    """Distribution, pivot and floor."""
     q_column, pivot_column, floor_column = st.columns(3, vertical_alignment="bottom")
     with q_column:
         q = choices.linked_choice(
@@ -58,6 +81,10 @@ def show() -> None:
             help="How far the same language is from itself: a divergence means something only "
             "above its floor.",
         )
+    return q, pivot, floor
+
+
+def _show_curves(run: state.ShownRun, q: str, pivot: str, floor: str) -> None:
     with st.spinner("Comparing languages …", show_time=True):
         table = state.analyze(run, "languages", q=q, pivot=pivot, floor=floor)
     from moescope.probe.figures import language_curves
@@ -73,6 +100,62 @@ def show() -> None:
         "over passages; dashed lines are the floor."
     )
     layout.show_table(table, key="languages", height=420)
+
+
+def _show_tree(run: state.ShownRun, q: str, floor: str) -> None:
+    with st.spinner("Comparing every two languages …", show_time=True):
+        table = state.analyze(run, "language-pairs", q=q, floor=floor)
+    from moescope.probe.figures import language_tree
+
+    measures = {name: words for name, words in _MEASURES.items() if table.frame[name].notna().any()}
+    layer_column, measure_column = st.columns(2, vertical_alignment="bottom")
+    with layer_column:
+        layers = [str(layer) for layer in sorted(table.frame["layer"].unique())]
+        layer = choices.linked_choice("Layer", layers, key="layer")
+    with measure_column:
+        measure = choices.linked_choice(
+            "Measure", list(measures), key="measure", words=lambda name: measures[name]
+        )
+    layout.show_figure(
+        language_tree(table, int(layer), measure=measure, kind=experts.choose_kind(table)),
+        key="language_tree",
+        alt=f"{table.title}, layer {layer}: languages by languages, ordered by their tree",
+    )
+    st.caption(
+        "Languages are joined where their mean divergence is smallest first (average linkage). "
+        "A tree of so few languages shows this run; it proves nothing about families of languages."
+    )
+    layout.show_table(table, key="language_pairs", height=420)
+
+
+def _show_scores(run: state.ShownRun, q: str, pivot: str, floor: str) -> None:
+    outcomes = state.comparable_fields(run).get("outcome", [])
+    if not outcomes:
+        st.info(
+            "This needs a score of each language: record answers (`--generate`) to prompts with a "
+            "known `answer`, or bring scores with `moescope analyze language-scores --scores FILE`."
+        )
+        return
+    outcome = choices.linked_choice(
+        "Score: share of prompts with outcome", outcomes, key="outcome", default="correct"
+    )
+    measure = "jsd" if floor == "none" else "jsd_excess"
+    with st.spinner("Comparing languages …", show_time=True):
+        table = state.analyze(
+            run, "language-scores", q=q, pivot=pivot, floor=floor, measure=measure,
+            score={"outcome": (outcome,)},
+        )  # fmt: skip
+    from moescope.probe.figures import score_curves
+
+    layout.show_figure(
+        score_curves(table, kind=experts.choose_kind(table)),
+        key="score_curves",
+        alt=f"{table.title}: correlation by layer with its interval",
+    )
+    st.caption(
+        "Bars are 95 % intervals with languages as units. Hover for p after the search over layers."
+    )
+    layout.show_table(table, key="language_scores", height=420)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Letters: P prompts, G groups (passage, language, phrasing), N passages of one pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,8 +56,13 @@ class Passages:
     notes: tuple[str, ...]
 
 
-def find_passages(selection: Selection, pivot: str, phrasing: str | None) -> Passages:
-    """Find the passages that the pivot shares with each other language.
+def find_passages(
+    selection: Selection,
+    pivot: str,
+    phrasing: str | None,
+    others: Collection[str] | None = None,
+) -> Passages:
+    """Find the passages that the pivot shares with each other language, or with those of `others`.
 
     Raises:
         AnalysisInputError: when there is no pivot, or it shares no passage with any language.
@@ -76,7 +81,9 @@ def find_passages(selection: Selection, pivot: str, phrasing: str | None) -> Pas
     texts["text"] = np.arange(len(texts))
     of_pivot = texts[texts["lang"] == pivot]
     pairs, alone = [], []
-    for language in (language for language in languages if language != pivot):
+    for language in languages:
+        if language == pivot or (others is not None and language not in others):
+            continue
         shared = of_pivot.merge(texts[texts["lang"] == language], on="pair_id")
         if shared.empty:
             alone.append(language)

@@ -7,22 +7,16 @@ from types import MappingProxyType
 
 from moescope.probe.analysis.contrast import expert_contrast
 from moescope.probe.analysis.frame import Analysis, Parameter
-from moescope.probe.analysis.languages import PROMPT_TOKENS, language_divergence
 from moescope.probe.analysis.load import expert_load, load_balance
+from moescope.probe.analysis.parameters import SEED, UNIT
 from moescope.probe.analysis.prompt_view import prompt_list, prompt_routing, token_routing
+from moescope.probe.analysis.registry_languages import LANGUAGE_ANALYSES
 from moescope.probe.analysis.specialization import expert_specialization
 from moescope.probe.errors import AnalysisInputError
 
 _SPLIT_BY = Parameter(
     name="by", type="text", default=None, help="a prompt field; one set of rows per value"
 )
-_UNIT = Parameter(
-    name="unit",
-    type="text",
-    default="pair_id",
-    help="prompt field that joins prompts into units of resampling; else each prompt is one",
-)
-_SEED = Parameter(name="seed", type="integer", default=0, help="of everything drawn at random")
 _PROMPT_ID = Parameter(
     name="prompt_id", type="integer", default=None, help="the prompt's number", required=True
 )
@@ -55,58 +49,17 @@ _ALL = (
                 help="the prompt field whose values are compared",
                 required=True,
             ),
-            _UNIT,
+            UNIT,
             Parameter(
                 name="bootstrap",
                 type="integer",
                 default=500,
                 help="draws for the intervals, 0 for none",
             ),
-            _SEED,
+            SEED,
         ),
     ),
-    Analysis(
-        name="languages",
-        title="Routing divergence of languages by layer",
-        question="At which layers does a language use other experts than the pivot language?",
-        function=language_divergence,
-        filters=PROMPT_TOKENS,
-        parameters=(
-            Parameter(
-                name="q",
-                type="choice",
-                default="topk",
-                help="distribution over experts: all router scores, routing weights, selections",
-                choices=("softmax", "topk", "counts"),
-            ),
-            Parameter(
-                name="pivot", type="text", default="en", help="language the others are compared to"
-            ),
-            Parameter(
-                name="floor",
-                type="choice",
-                default="auto",
-                help="what the same language is compared with",
-                choices=("auto", "phrasings", "other_passages", "halves", "none"),
-            ),
-            Parameter(
-                name="phrasing",
-                type="text",
-                default=None,
-                help="prompt field that tells phrasings of a passage apart, for floor phrasings",
-            ),
-            Parameter(
-                name="draws",
-                type="integer",
-                default=10,
-                help="samples of equal size averaged per comparison",
-            ),
-            Parameter(
-                name="bootstrap", type="integer", default=1_000, help="draws for the intervals"
-            ),
-            _SEED,
-        ),
-    ),
+    *LANGUAGE_ANALYSES,
     Analysis(
         name="contrast",
         title="Experts that differ between two groups",
@@ -135,7 +88,7 @@ _ALL = (
                 help="pooled over tokens, or the mean over units",
                 choices=("pooled", "unit"),
             ),
-            _UNIT,
+            UNIT,
             Parameter(
                 name="split",
                 type="flag",
@@ -157,7 +110,7 @@ _ALL = (
                 default=None,
                 help="of the labels; by default the fewest that suffice, 20 * candidates / q",
             ),
-            _SEED,
+            SEED,
         ),
     ),
     Analysis(

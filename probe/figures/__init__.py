@@ -9,7 +9,8 @@ figures follow a light or a dark page.
 from __future__ import annotations
 
 from moescope.probe.figures.contrast import contrast_forest, contrast_map
-from moescope.probe.figures.languages import language_curves
+from moescope.probe.figures.language_pairs import language_tree
+from moescope.probe.figures.languages import language_curves, score_curves
 from moescope.probe.figures.load import balance_curves, load_heatmap
 from moescope.probe.figures.prompt import prompt_heatmap, token_bars
 from moescope.probe.figures.specialization import (
@@ -25,8 +26,10 @@ __all__ = [
     "contrast_forest",
     "contrast_map",
     "language_curves",
+    "language_tree",
     "load_heatmap",
     "prompt_heatmap",
+    "score_curves",
     "specialization_by_value",
     "specialization_leaders",
     "specialization_map",

@@ -111,3 +111,40 @@ def _traces(
             hovertemplate=hover,
         ),
     ]
+
+
+def score_curves(table: AnalysisTable, *, kind: str | None = None) -> go.Figure:
+    """Correlation over languages of divergence and score, by layer, with its interval.
+
+    Args:
+        table: of `language_scores`.
+        kind: which kind of router; the first there is by default.
+    """
+    frame = only_kind(table.frame, kind)
+    parameters = table.context.parameters
+    figure = go.Figure(
+        go.Scatter(
+            x=frame["layer"],
+            y=frame["pearson"],
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": frame["high"] - frame["pearson"],
+                "arrayminus": frame["pearson"] - frame["low"],
+                "color": transparent(LINE_COLORS[0], 0.5),
+            },
+            mode="lines+markers",
+            line={"color": LINE_COLORS[0]},
+            customdata=frame[["low", "high", "spearman", "p", "p_max"]].to_numpy(),
+            hovertemplate="layer %{x}: Pearson %{y:.2f} [%{customdata[0]:.2f}, "
+            "%{customdata[1]:.2f}]<br>Spearman %{customdata[2]:.2f}<br>p %{customdata[3]:.3f}, "
+            "after the search over layers %{customdata[4]:.3f}<extra></extra>",
+        )
+    )
+    number = counted(int(frame["num_languages"].max()), "language")
+    title = f"Divergence from {parameters['pivot']} against {parameters['score']} ({number})"
+    dress(figure, table, title, height=110 + PANEL_HEIGHT)
+    figure.add_hline(y=0, line={"color": NEUTRAL, "dash": "dash"})
+    figure.update_xaxes(title_text="layer")
+    figure.update_yaxes(title_text="correlation over languages", range=[-1.05, 1.05])
+    return figure

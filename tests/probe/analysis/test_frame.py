@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "balance": {"by": "lang"},
     "specialization": {"by": "topic", "bootstrap": "20"},
     "languages": {"bootstrap": "20", "draws": "2"},
+    "language-pairs": {"bootstrap": "20", "draws": "2"},
+    "language-scores": {"score": "label=a", "draws": "2"},
+    "delta-experts": {"reference": "en", "bootstrap": "20"},
     "contrast": {"a": ["label=a"], "b": ["label=b", "lang=en,de"], "candidates": "4",
                  "bootstrap": "20"},
     "prompts": {},
@@ -44,14 +49,27 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def tables(random_store: Store) -> dict[str, AnalysisTable]:
+def five_languages(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
+    """Passages of four tokens in five languages, each with a mix of two experts of its own."""
+    items = [
+        lab.Item(
+            tokens=lab.tokens_of([[expert], [7], [expert], [passage]]),
+            fields={"lang": lang, "pair_id": f"p{passage}", "label": "ab"[expert > passage]},
+        )
+        for passage in range(4)
+        for expert, lang in enumerate(("de", "en", "es", "fr", "zh"))
+    ]
+    return make_store([lab.Shape(layer=0, num_experts=8, top_k=1)], items)
+
+
+@pytest.fixture(scope="module")
+def tables(random_store: Store, five_languages: Store) -> dict[str, AnalysisTable]:
     """Every analysis, asked the way the command line asks."""
     answers = {}
     for name, analysis in ANALYSES.items():
+        store = five_languages if name == "language-scores" else random_store
         arguments = analysis.parse(ARGUMENTS[name])
-        answers[name] = analysis.function(
-            random_store, "run", filters=analysis.filters, **arguments
-        )
+        answers[name] = analysis.function(store, "run", filters=analysis.filters, **arguments)
     return answers
 
 
@@ -75,7 +93,7 @@ def test_every_analysis_answers_with_described_columns_and_n(
         assert (table.context.model, table.context.revision) == ("planted", "r1")
         assert table.context.num_prompts > 0
         assert table.context.num_tokens > 0
-    for name in ("load", "balance", "specialization", "contrast", "token"):
+    for name in ("load", "balance", "specialization", "contrast", "token", "delta-experts"):
         assert any("chance" in column.name for column in tables[name].columns)
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from moescope.probe.analysis import (
     Filters,
+    delta_experts,
     expert_contrast,
     expert_specialization,
     load_balance,
@@ -135,6 +136,15 @@ def test_mean_differences_over_sequences(real_store: Store) -> None:
     found = [(row["layer"] - 1, row["expert"]) for row in largest.to_dict("records")]
     assert found == list(expected)
     assert largest["risk_difference"].tolist() == pytest.approx(list(expected.values()), abs=5e-7)
+
+
+def test_task_experts_by_mean_rates(real_store: Store) -> None:
+    table = delta_experts(real_store, "real", by="domain", reference="summary", bootstrap=50)
+    largest = table.frame.iloc[0]
+    assert (largest["layer"] - 1, largest["expert"]) == (23, 0)
+    assert largest["delta"] == pytest.approx(0.550818, abs=5e-7)
+    assert largest["surely_above"]
+    assert (largest["num_prompts"], largest["num_tokens"]) == (33, 8_327)
 
 
 def test_discovery_and_confirmation_on_real_routing(real_store: Store) -> None:
