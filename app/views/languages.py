@@ -55,7 +55,7 @@ def show() -> None:
             _show_tree(run, q, floor)
     if scores.open:
         with scores, layout.errors_as_sentences():
-            _show_scores(run, q, pivot, floor)
+            _show_scores(run, q, pivot, floor, len(languages))
 
 
 def _ask(languages: list[str]) -> tuple[str, str, str]:
@@ -128,7 +128,15 @@ def _show_tree(run: state.ShownRun, q: str, floor: str) -> None:
     layout.show_table(table, key="language_pairs", height=420)
 
 
-def _show_scores(run: state.ShownRun, q: str, pivot: str, floor: str) -> None:
+def _show_scores(run: state.ShownRun, q: str, pivot: str, floor: str, num_languages: int) -> None:
+    from moescope.probe.analysis.language_scores import FEWEST_LANGUAGES
+
+    if num_languages <= FEWEST_LANGUAGES:
+        st.info(
+            f"A correlation over languages needs {FEWEST_LANGUAGES} of them beside the pivot; this "
+            f"run has {num_languages} in all."
+        )
+        return
     outcomes = state.comparable_fields(run).get("outcome", [])
     if not outcomes:
         st.info(

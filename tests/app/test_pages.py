@@ -56,6 +56,7 @@ def test_the_page_opens_without_an_error(
         ("load", {"view": "Load"}, "24 prompts, "),
         ("load", {"view": "Balance"}, "24 prompts, "),
         ("languages", {}, "24 prompts, "),
+        ("languages", {"view": "Every two languages"}, "24 prompts, "),
         ("refusal", {"view": "Map"}, "24 prompts, "),
         ("refusal", {"view": "Effects"}, "24 prompts, "),
     ],
@@ -215,6 +216,27 @@ def test_languages_can_be_compared_by_another_distribution_and_pivot(
     assert "routes from fr (router scores" in figures(app)[0]["layout"]["title"]["text"]
     assert set(table_with(app, "lang", "jsd", "d_hjs", "jsd_floor", "jsd_low")["lang"]) == {
         "de", "en"}  # fmt: skip
+
+
+def test_a_layer_and_a_measure_of_every_two_languages_can_be_chosen(
+    open_app: OpenApp, figures: Figures, recorded_store: Path
+) -> None:
+    app = open_app(recorded_store, "languages", view="Every two languages")
+    pick(app, "Layer").select("1").run()
+    pick(app, "Measure").select("jsd_excess").run()
+    assert not app.error
+    drawn = figures(app)[0]
+    assert "layer 1" in drawn["layout"]["title"]["text"]
+    assert sorted(drawn["layout"]["xaxis"]["ticktext"]) == ["de", "en", "fr"]
+    assert len(table_with(app, "lang_a", "lang_b", "jsd_excess")) == 3 * 3
+
+
+def test_too_few_languages_for_a_correlation_is_said(
+    open_app: OpenApp, recorded_store: Path
+) -> None:
+    app = open_app(recorded_store, "languages", view="Against a score")
+    assert not app.error
+    assert "this run has 3 in all" in app.info[0].value
 
 
 def test_the_contrast_follows_its_groups_and_says_how_sure_it_is(
