@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from moescope.app.commands import analyze, demo, families, inspect, shipped, steer, trace
+from moescope.app.commands import analyze, demo, families, inspect, shipped, steer, store, trace
 from moescope.probe.errors import InputError, MoescopeError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 demo.register(app)
 inspect.register(app)
+store.register(app)
 shipped.register(app)
 trace.register(app)
 analyze.register(app)

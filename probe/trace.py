@@ -9,13 +9,11 @@ exactly the batches that are missing when it is started again with the same argu
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,58 +21,28 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from moescope.probe.batch_run import BatchRunner
 from moescope.probe.batching import PlannedBatch, plan_batches
 from moescope.probe.errors import InputError, ModelInputError, RunError
-from moescope.probe.generation import (
-    GREEDY,
-    Sampling,
-    batch_sampling,
-    generate_batch,
-    pad_left,
-)
 from moescope.probe.models import ModelBundle
 from moescope.probe.norms import require_norms
-from moescope.probe.outcomes import DETECTOR
 from moescope.probe.prompts import Prompt
-from moescope.probe.recording import RecordLevel, record
-from moescope.probe.rendering import ChatTemplate, RenderedPrompt, render_prompt
+from moescope.probe.recording import record
+from moescope.probe.rendering import RenderedPrompt, render_prompt
 from moescope.probe.routers import LayerInfo, RouterSite, find_routers, verify_routers
-from moescope.probe.rows import RecordedBatch, batch_tables
+from moescope.probe.run_facts import describe_run
 from moescope.probe.storage.ingester import start_ingester
-from moescope.probe.storage.runs import RunDescription, begin_run
+from moescope.probe.storage.run_folder import RunFolder
+from moescope.probe.storage.run_log import RunLog, run_log
+from moescope.probe.storage.runs import begin_run
 from moescope.probe.storage.shards import shard_name, write_shard
 from moescope.probe.storage.store import Store
+from moescope.probe.trace_options import TraceOptions
 
-_PACKAGES = ("moescope", "torch", "transformers", "duckdb", "pyarrow")
+__all__ = ["Progress", "TraceOptions", "TraceSummary", "trace_prompts"]
 
 #: Called with prompts done, prompts in all, and a few words (speed, bytes).
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TraceOptions:
-    """How prompts are run and what is kept.
-
-    Attributes:
-        level: `usage` keeps counts per prompt, `topk` every token's experts and weights too,
-            `probs` the router's probability of every expert as well.
-        norms: measure what each selected expert put out (see `moescope.probe.norms`).
-        max_new_tokens: tokens to generate after each prompt; 0 runs the prompts alone.
-        sampling: how answers are generated.
-        chat_template: whether prompts go through the tokenizer's chat template.
-        system: a system message for all prompts.
-        layers: decoder layers to keep; None keeps all routed ones.
-        tokens_per_batch: padded tokens of a batch, answers included.
-    """
-
-    level: RecordLevel = "topk"
-    norms: bool = False
-    max_new_tokens: int = 0
-    sampling: Sampling = GREEDY
-    chat_template: ChatTemplate = "auto"
-    system: str | None = None
-    layers: tuple[int, ...] | None = None
-    tokens_per_batch: int = 4096
 
 
 @dataclass(frozen=True)
@@ -106,6 +74,15 @@ class _Tally:
     tokens: int = 0
     rows: int = 0
     size_bytes: int = 0
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """For the log: what this call has recorded, and in how many seconds."""
+        seconds = round(time.monotonic() - self.started, 3)
+        return {
+            "prompts": self.prompts, "tokens": self.tokens, "rows": self.rows,
+            "size_bytes": self.size_bytes, "seconds": seconds,
+        }  # fmt: skip
 
     @property
     def note(self) -> str:
@@ -165,23 +142,62 @@ def trace_prompts(
         tokens_per_batch=options.tokens_per_batch,
         extra_tokens=options.max_new_tokens,
     )
-    description = _describe(bundle, rendered, layers, batches, options, facts)
+    description = describe_run(bundle, rendered, layers, batches, options, facts)
     with begin_run(store, run, description) as point:
         if point.is_complete:
             raise RunError(f"run {run!r} is complete already; choose another name with --run")
-        tally = _Tally()
+        tally, log = _Tally(), run_log(store, run)
         left = [batch for batch in batches if shard_name(batch.index) not in point.finished]
         resumed = len(prompts) - sum(len(batch.members) for batch in left)
-        with start_ingester(store, point.folder, keep_shards=keep_shards) as ingester:
+        log.write(
+            "began" if point.is_new else "resumed", model=bundle.name, prompts=len(prompts),
+            batches=len(batches), left=len(left), pid=os.getpid(),
+        )  # fmt: skip
+        with (
+            _stops_logged(log),
+            start_ingester(store, point.folder, keep_shards=keep_shards) as ingester,
+        ):
+            runner = BatchRunner(bundle, rendered, sites, layers, options)
             for batch in left:
                 ingester.check()
-                tables = _run_batch(bundle, batch, rendered, sites, layers, options)
+                tables, num_parts = runner.run(batch)
+                if num_parts > 1:
+                    _note_halved(point.folder, log, announce, shard_name(batch.index), num_parts)
                 _write_batch(batch, rendered, tables, point.folder.path, tally)
+                log.write("batch", shard=shard_name(batch.index), **tally.facts)
                 if progress is not None:
                     progress(resumed + tally.prompts, len(prompts), tally.note)
             point.folder.finish()
             ingester.wait_until_done(announce=announce)
     return _summary(store, run, len(prompts), resumed, tally)
+
+
+def _note_halved(
+    folder: RunFolder,
+    log: RunLog,
+    announce: Callable[[str], None] | None,
+    shard_id: str,
+    num_parts: int,
+) -> None:
+    """Say it now, and leave word of it for the manifest."""
+    folder.add_fact("halved_batches", shard_id, num_parts)
+    log.write("halved", shard=shard_id, parts=num_parts)
+    if announce is not None:
+        announce(
+            f"the batch of {shard_id} did not fit into memory and was run in {num_parts} parts; "
+            "a smaller --tokens-per-batch avoids that"
+        )
+
+
+@contextmanager
+def _stops_logged(log: RunLog) -> Iterator[None]:
+    """Leave word of what ends a collection before its time."""
+    try:
+        yield
+    except BaseException as error:
+        why = str(error) or type(error).__name__
+        log.write("stopped", why=why, by="collector")
+        raise
 
 
 def _summary(
@@ -259,46 +275,6 @@ def _try_norms(
     return missing
 
 
-def _run_batch(
-    bundle: ModelBundle,
-    batch: PlannedBatch,
-    rendered: Sequence[RenderedPrompt],
-    sites: Sequence[RouterSite],
-    layers: Sequence[LayerInfo],
-    options: TraceOptions,
-) -> Mapping[str, pa.Table]:
-    """Run one planned batch; the store's rows, table by table."""
-    members = [rendered[index] for index in batch.members]
-    padded = pad_left(
-        [prompt.token_ids for prompt in members], bundle.tokenizer.pad_token_id, bundle.device
-    )
-    with record(bundle.model, norms=options.norms, sites=sites) as trace:
-        if options.max_new_tokens > 0:
-            answers = generate_batch(
-                bundle,
-                padded,
-                max_new_tokens=options.max_new_tokens,
-                sampling=batch_sampling(options.sampling, batch.index),
-            )
-        else:
-            answers = None
-            positions = padded.attention_mask.cumsum(dim=-1).sub(1).clamp(min=0)
-            with torch.inference_mode():
-                bundle.model(
-                    input_ids=padded.input_ids,
-                    attention_mask=padded.attention_mask,
-                    position_ids=positions,
-                    use_cache=False,
-                    logits_to_keep=1,
-                )
-    return batch_tables(
-        RecordedBatch(members, answers, trace),
-        layers=layers,
-        level=options.level,
-        tokenizer=bundle.tokenizer,
-    )
-
-
 def _write_batch(
     batch: PlannedBatch,
     rendered: Sequence[RenderedPrompt],
@@ -317,72 +293,3 @@ def _write_batch(
     tally.tokens += tables["tokens"].num_rows
     tally.rows += tables["routing"].num_rows if "routing" in tables else 0
     tally.size_bytes += sum(file.size_bytes for file in written.files.values())
-
-
-def _describe(
-    bundle: ModelBundle,
-    rendered: Sequence[RenderedPrompt],
-    layers: Sequence[LayerInfo],
-    batches: Sequence[PlannedBatch],
-    options: TraceOptions,
-    manifest: Mapping[str, Any],
-) -> RunDescription:
-    """Everything about the run that is known before its first batch."""
-    arguments = {**asdict(options), "sampling": options.sampling.to_json()}
-    numbers = {
-        "dtype": str(bundle.model.dtype).removeprefix("torch."),
-        "device": bundle.device.type,
-        "threads": torch.get_num_threads(),
-    }
-    versions = {name: version(name) for name in _PACKAGES}
-    identity = {
-        "model": bundle.name,
-        "revision": bundle.revision,
-        "prompts_sha256": _prompts_hash(rendered),
-        "arguments": arguments,
-        "versions": {name: versions[name] for name in ("torch", "transformers")},
-        **numbers,
-    }
-    facts = {
-        "versions": {**versions, "python": platform.python_version()},
-        "arguments": arguments,
-        "detector": DETECTOR,
-        "chat_template": bundle.tokenizer.chat_template,
-        **numbers,
-        **manifest,
-    }
-    return RunDescription(
-        model=bundle.name,
-        revision=bundle.revision,
-        family=bundle.family,
-        record_level=options.level,
-        layers=[_layer_row(info) for info in layers],
-        manifest=facts,
-        identity=identity,
-        planned_shards={
-            shard_name(batch.index): [rendered[i].prompt.prompt_id for i in batch.members]
-            for batch in batches
-        },
-    )
-
-
-def _layer_row(info: LayerInfo) -> dict[str, Any]:
-    return {
-        "layer": info.layer,
-        "kind": info.kind,
-        "moe_layer": info.moe_layer,
-        "module": info.module,
-        "num_experts": info.num_experts,
-        "top_k": info.top_k,
-        "num_shared_experts": info.num_shared_experts,
-        "rule": {**info.rule.to_json(), "verified": info.verified, "reason": info.reason},
-    }
-
-
-def _prompts_hash(rendered: Sequence[RenderedPrompt]) -> str:
-    """One hash over all prompts as they are run, with their labels."""
-    digest = hashlib.sha256()
-    for prompt in rendered:
-        fields = {**asdict(prompt.prompt), "rendered": prompt.text, "tokens": prompt.token_ids}
-        digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Looking at what is there: a model (`doctor`), a store (`runs`, `store verify`), a browser."""
+"""Looking at what is there: a model (`doctor`), a store (`runs`), a browser."""
 
 from __future__ import annotations
 
@@ -18,10 +18,6 @@ def register(app: typer.Typer) -> None:
     app.command()(doctor)
     app.command()(runs)
     app.command()(dashboard)
-    store = typer.Typer(help="Care for a store.", no_args_is_help=True)
-    store.command("verify")(verify)
-    store.command("migrate")(migrate)
-    app.add_typer(store, name="store")
 
 
 def doctor(
@@ -78,47 +74,6 @@ def runs(store: StoreOption, as_json: JsonOption = False) -> None:
         "strftime(created_at, '%Y-%m-%d %H:%M') AS created_at FROM runs ORDER BY created_at, run_id"
     )
     console.print_frame(frame, as_json=as_json)
-
-
-def verify(
-    store: StoreOption,
-    run: Annotated[str | None, typer.Option(help="Only this run; all without it.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Check that a run adds up: usage, routing rows, routed tokens, ranks and ids.
-
-    Example: moescope store verify --store demo.duckdb
-    """
-    from moescope.probe.storage.store import Store
-    from moescope.probe.storage.verify import verify_run
-
-    opened = Store(store)
-    names = [run] if run is not None else opened.runs()["run_id"].tolist()
-    problems = {name: [str(problem) for problem in verify_run(opened, name)] for name in names}
-    if as_json:
-        console.print_json(problems)
-    else:
-        for name, found in problems.items():
-            console.emit(f"run {name!r}: {'adds up' if not found else f'{len(found)} problems'}")
-            for problem in found:
-                console.emit(f"  {problem}")
-    if any(problems.values()):
-        raise typer.Exit(1)
-
-
-def migrate(store: StoreOption) -> None:
-    """Bring a store that an older moescope made up to date; its runs are kept.
-
-    Example: moescope store migrate --store demo.duckdb
-    """
-    from moescope.probe.storage.migrate import migrate_store
-    from moescope.probe.storage.schema import SCHEMA_VERSION
-
-    before = migrate_store(store)
-    if before == SCHEMA_VERSION:
-        console.emit(f"{store} is of version {SCHEMA_VERSION} already")
-    else:
-        console.emit(f"{store} was of version {before} and is of version {SCHEMA_VERSION} now")
 
 
 def dashboard(

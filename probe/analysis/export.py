@@ -48,12 +48,32 @@ def write_table(table: AnalysisTable, path: str | os.PathLike[str]) -> Path:
         AnalysisInputError: for an unknown suffix, or a place that cannot be written.
     """
     suffix = check_suffix(path)
-    target = Path(path)
+    return _write_whole(Path(path), _encode(table, suffix))
+
+
+def write_frame(frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
+    """Write rows without a description of their columns, as `write_table` does.
+
+    Raises:
+        AnalysisInputError: for an unknown suffix, or a place that cannot be written.
+    """
+    suffix = check_suffix(path)
+    if suffix == ".json":
+        rows = [_plain(row) for row in frame.to_dict("records")]
+        text = json.dumps(rows, ensure_ascii=False, indent=1, default=str)
+        return _write_whole(Path(path), (text + "\n").encode())
+    if suffix == ".csv":
+        return _write_whole(Path(path), _csv(frame))
+    return _write_whole(Path(path), _parquet(pa.Table.from_pandas(frame, preserve_index=False)))
+
+
+def _write_whole(target: Path, content: bytes) -> Path:
+    """The file appears under its name only when it is whole."""
     unfinished = temporary_sibling(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            write_synced(unfinished, _encode(table, suffix))
+            write_synced(unfinished, content)
             unfinished.replace(target)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -87,11 +107,19 @@ def _encode(table: AnalysisTable, suffix: str) -> bytes:
         text = json.dumps(table_as_json(table), ensure_ascii=False, indent=1, allow_nan=False)
         return (text + "\n").encode()
     if suffix == ".csv":
-        return table.frame.to_csv(index=False, lineterminator="\n").encode()
+        return _csv(table.frame)
     arrow = pa.Table.from_pandas(table.frame, preserve_index=False)
     about = json.dumps(_about(table), ensure_ascii=False, allow_nan=False)
+    return _parquet(arrow.replace_schema_metadata({"moescope": about}))
+
+
+def _csv(frame: pd.DataFrame) -> bytes:
+    return frame.to_csv(index=False, lineterminator="\n").encode()
+
+
+def _parquet(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(arrow.replace_schema_metadata({"moescope": about}), sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd")
     return bytes(sink.getvalue().to_pybytes())
 
 

@@ -51,6 +51,7 @@ from moescope.probe.storage.ingester import STATUS_FILE, IngesterProcess, start_
 from moescope.probe.storage.locks import reading, resolve_store, writing
 from moescope.probe.storage.rows import insert_rows, transaction
 from moescope.probe.storage.run_folder import RunFolder
+from moescope.probe.storage.run_log import run_log
 from moescope.probe.storage.shards import (
     ShardManifest,
     finished_shards,
@@ -91,6 +92,7 @@ class Ingester:
         self._keep_shards = keep_shards
         self._wait_s = wait_s
         self.run_id, self._created_at, self._description = folder.read()
+        self._log = run_log(store, self.run_id)
         self._ingested: set[str] = set()
         self._is_complete = False
         self._waiting_for: str | None = None
@@ -137,6 +139,11 @@ class Ingester:
         began = time.monotonic()
         self._take_turn(batch, collector_lives)
         held = time.monotonic() - began
+        self._log.write(
+            "ingested", shards=[manifest.shard_id for manifest, _ in batch], rows=rows,
+            seconds=round(held, 3), in_store=len(self._ingested) + len(batch),
+            planned=len(self._description.planned_shards),
+        )  # fmt: skip
         for manifest, _ in batch:
             self._ingested.add(manifest.shard_id)
             if not self._keep_shards:
@@ -255,11 +262,14 @@ class Ingester:
             database_errors(f"completing run {self.run_id!r} in {self._store}"),
             writing(self._store, wait_s=self._wait_s, announce=self._announce) as con,
         ):
+            facts = json.dumps(self._folder.facts(), ensure_ascii=False)
             con.execute(
                 "UPDATE runs SET status = ?, finished_at = ?, num_tokens ="
-                " (SELECT count(*) FROM tokens WHERE run_id = ?) WHERE run_id = ?",
-                [status, datetime.now(UTC), self.run_id, self.run_id],
+                " (SELECT count(*) FROM tokens WHERE run_id = ?),"
+                " manifest = json_merge_patch(manifest, ?::JSON) WHERE run_id = ?",
+                [status, datetime.now(UTC), self.run_id, facts, self.run_id],
             ).fetchall()
+        self._log.write("finished", status=status, problems=len(problems))
         if problems:
             raise RecordingError(
                 f"run {self.run_id!r} contradicts itself in {len(problems)} places and is marked "
@@ -275,6 +285,7 @@ class Ingester:
     def _announce(self, sentence: str) -> None:
         if sentence != self._waiting_for:
             sys.stderr.write(f"{sentence}\n")
+            self._log.write("waiting", what=sentence)
             self._waiting_for = sentence
             self._report()
 
@@ -351,6 +362,7 @@ def main(arguments: list[str] | None = None) -> int:
                 ingester = Ingester(options.store, folder, keep_shards=options.keep_shards)
                 ingester.run(collector_lives)
     except MoescopeError as error:
+        _log_stop(options.store, options.run_folder, error)
         _tell(error, to_collector=options.collector_pid is not None)
         return 2 if isinstance(error, InputError) else 1
     except Exception as error:
@@ -359,6 +371,11 @@ def main(arguments: list[str] | None = None) -> int:
         _tell(reason, to_collector=options.collector_pid is not None)
         return 1
     return 0
+
+
+def _log_stop(store: Path, folder: Path, error: MoescopeError) -> None:
+    with suppress(MoescopeError):  # no folder of a run, so there is no log of one
+        run_log(store, RunFolder(folder).read()[0]).write("stopped", why=str(error), by="ingester")
 
 
 def _tell(error: MoescopeError, *, to_collector: bool) -> None:

@@ -148,27 +148,76 @@ def writing(
         MoescopeError: the folder or the lock file cannot be written.
     """
     store = resolve_store(path)
-    deadline = time.monotonic() + wait_s
-    waiting = _Waiting(store, announce)
-    if store.exists() and not lock_path(store).exists():
-        with reading(
-            store, wait_s=wait_s, versions=versions
-        ):  # leave no lock file beside what is no store
-            pass
-    with disk_errors(f"preparing to write {store}"):
-        store.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock_path(store), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    turn = _Turn(descriptor, store, deadline, waiting)
-    try:
-        turn.take()
+    with _having_turn(store, wait_s, announce, versions) as turn:
         if not store.exists():
             _create(store)
-        con = _open(store, read_only=False, deadline=deadline, while_busy=turn.ask)
+        con = _open(store, read_only=False, deadline=turn.deadline, while_busy=turn.ask)
         try:
             check_schema(con, store, versions)
             yield con
         finally:
             _close(con)
+
+
+@contextmanager
+def rewriting(
+    path: str | os.PathLike[str], *, wait_s: float = 60.0, announce: Announce | None = None
+) -> Iterator[tuple[duckdb.DuckDBPyConnection, duckdb.DuckDBPyConnection]]:
+    """The store and an empty new one, which takes its place when the block ends well.
+
+    Nobody else reads or writes meanwhile. When the block fails or the process is killed the store
+    stays as it was.
+
+    Args:
+        path: the store, which must exist.
+        wait_s: how long to wait for readers and other writers, in seconds.
+        announce: told what is waited for when that takes longer than half a second.
+
+    Yields:
+        A connection to the store and one to the new file, which has the tables and no row.
+
+    Raises:
+        StoreError: the file is missing, no store, or of another schema version.
+        StoreBusyError: others kept the store for longer than `wait_s`.
+        MoescopeError: the folder cannot be written, or the disk is full.
+    """
+    store = resolve_store(path)
+    with reading(store, wait_s=wait_s):  # a missing store is not to be made here
+        pass
+    with _having_turn(store, wait_s, announce, (SCHEMA_VERSION,)) as turn:
+        # Opened for writing, so that what a killed writer left in the log is in the file.
+        con = _open(store, read_only=False, deadline=turn.deadline, while_busy=turn.ask)
+        temporary = temporary_sibling(store)
+        try:
+            check_schema(con, store)
+            with _new_store(temporary) as new:
+                yield con, new
+            _close(con)
+            with disk_errors(f"putting the new {store} in its place"):
+                temporary.replace(store)
+                sync_directory(store.parent)
+        finally:
+            _close(con)
+            remove_leftovers(store.parent, temporary.name)
+
+
+@contextmanager
+def _having_turn(
+    store: Path, wait_s: float, announce: Announce | None, versions: Sequence[int]
+) -> Iterator[_Turn]:
+    """Hold the writers' lock of a store, which need not exist yet."""
+    deadline = time.monotonic() + wait_s
+    if store.exists() and not lock_path(store).exists():
+        # Leave no lock file beside what is no store.
+        with reading(store, wait_s=wait_s, versions=versions):
+            pass
+    with disk_errors(f"preparing to write {store}"):
+        store.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock_path(store), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    turn = _Turn(descriptor, store, deadline, _Waiting(store, announce))
+    try:
+        turn.take()
+        yield turn
     finally:
         turn.release()
 
@@ -220,7 +269,7 @@ class _Turn:
     def __init__(self, descriptor: int, store: Path, deadline: float, waiting: _Waiting) -> None:
         self._descriptor = descriptor
         self._store = store
-        self._deadline = deadline
+        self.deadline = deadline
         self._waiting = waiting
         self._since = 0.0
 
@@ -232,7 +281,7 @@ class _Turn:
             except BlockingIOError:
                 holder = self._other_writer()
                 self._waiting.on(holder)
-                _pause_until(pause, self._deadline, self._store, holder)
+                _pause_until(pause, self.deadline, self._store, holder)
             else:
                 break
         self._since = time.monotonic()
@@ -246,7 +295,7 @@ class _Turn:
         self._waiting.on(holder)
         if time.monotonic() - self._since > _ASK_S:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-            time.sleep(max(0.0, min(_STEP_BACK_S, self._deadline - time.monotonic())))
+            time.sleep(max(0.0, min(_STEP_BACK_S, self.deadline - time.monotonic())))
             self.take()
 
     def release(self) -> None:
@@ -329,14 +378,23 @@ def _create(store: Path) -> None:
     remove_leftovers(store.parent, f"{TEMPORARY_PREFIX}{store.name}-")
     temporary = temporary_sibling(store)
     try:
-        with disk_errors(f"making {store}"), database_errors(f"making {store}"):
-            con = duckdb.connect(str(temporary), config=SAFE_CONFIG)
-            try:
-                create_schema(con)
-                con.execute("CHECKPOINT").fetchall()  # all of it is in this one file then
-            finally:
-                con.close()
+        with _new_store(temporary):
+            pass
+        with disk_errors(f"making {store}"):
             temporary.rename(store)
             sync_directory(store.parent)
     finally:
         remove_leftovers(store.parent, temporary.name)  # its write-ahead log, too
+
+
+@contextmanager
+def _new_store(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection to a new store without rows; after the block all of it is in this one file."""
+    with disk_errors(f"making {path}"), database_errors(f"making {path}"):
+        con = duckdb.connect(str(path), config=SAFE_CONFIG)
+        try:
+            create_schema(con)
+            yield con
+            con.execute("CHECKPOINT").fetchall()
+        finally:
+            con.close()

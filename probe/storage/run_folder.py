@@ -35,6 +35,7 @@ LAYER_FIELDS: Final = (
 
 _RUN_FILE: Final = "run.json"
 _COMPLETE_FILE: Final = "complete.json"
+_FACTS_FILE: Final = "facts.json"
 _LONGEST_NAME: Final = 200
 
 
@@ -155,6 +156,21 @@ class RunFolder:
                 "description": description.to_json(),
             },
         )
+
+    def add_fact(self, name: str, key: str, value: object) -> None:
+        """Keep a fact that comes to light while the run is recorded, for `runs.manifest`."""
+        with disk_errors(f"noting {name} in {self.path}"):
+            facts = self.facts()
+            facts.setdefault(name, {})[key] = value
+            write_json(self.path / _FACTS_FILE, facts)
+
+    def facts(self) -> dict[str, Any]:
+        """What `add_fact` kept, also in calls before this one."""
+        try:
+            facts: dict[str, Any] = json.loads((self.path / _FACTS_FILE).read_text("utf-8"))
+        except FileNotFoundError:
+            return {}
+        return facts
 
     def finish(self) -> None:
         """State that every planned shard was written; the ingester then completes the run."""

@@ -18,7 +18,7 @@ import json
 import os
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import TracebackType
@@ -47,6 +47,7 @@ __all__ = [
     "begin_run",
     "check_run_name",
     "check_store_target",
+    "claim_run",
     "run_folder",
 ]
 
@@ -271,6 +272,20 @@ def _differences(place: str, recorded: Any, new: Any) -> Iterator[str]:
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@contextmanager
+def claim_run(folder: RunFolder, run_name: str) -> Iterator[None]:
+    """Keep collectors away from a run while the block runs; makes its folder.
+
+    Raises:
+        RunError: one is recording it right now.
+    """
+    release = _claim(folder, run_name)
+    try:
+        yield
+    finally:
+        release()
 
 
 def _claim(folder: RunFolder, run_name: str) -> weakref.finalize[Any, Any]:

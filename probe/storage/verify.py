@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import duckdb
@@ -68,33 +69,36 @@ def verify_run(store: Store, run_id: str) -> list[Problem]:
         return find_problems(con, run_id)
 
 
-def find_problems(con: duckdb.DuckDBPyConnection, run_id: str) -> list[Problem]:
-    """As `verify_run`, on a connection that is open already."""
+def find_problems(
+    con: duckdb.DuckDBPyConnection, run_id: str, *, per_check: int | None = PROBLEMS_PER_CHECK
+) -> list[Problem]:
+    """As `verify_run`, on a connection that is open already; `per_check` None finds all."""
     row = con.execute(
         "SELECT record_level, plan_id, num_prompts, manifest FROM runs WHERE run_id = ?", [run_id]
     ).fetchone()
     if row is None:
         raise RunError(f"there is no run {run_id!r} to verify")
     record_level, plan_id, num_prompts, manifest = row
+    check = partial(_run_check, con, run_id, per_check)
     problems = [
         *_missing_prompts(con, run_id, num_prompts, json.loads(manifest)),
-        *_run_check(con, run_id, "prompts once", PROMPTS_ONCE),
-        *_run_check(con, run_id, "positions", POSITIONS),
-        *_run_check(con, run_id, "routed tokens", UNROUTED),
-        *_run_check(con, run_id, "usage", USAGE),
+        *check("prompts once", PROMPTS_ONCE),
+        *check("positions", POSITIONS),
+        *check("routed tokens", UNROUTED),
+        *check("usage", USAGE),
+        *check("norms", NORMS),
     ]
-    problems += _run_check(con, run_id, "norms", NORMS)
     if json.loads(manifest).get("arguments", {}).get("norms"):
-        problems += _run_check(con, run_id, "norms missing", NORMS_MISSING)
+        problems += check("norms missing", NORMS_MISSING)
     if record_level != "usage":
-        problems += _run_check(con, run_id, "slots of tokens", SLOTS_OF_TOKENS)
-        problems += _run_check(con, run_id, "slots", SLOTS)
-        problems += _run_check(con, run_id, "usage by expert", USAGE_BY_EXPERT)
+        problems += check("slots of tokens", SLOTS_OF_TOKENS)
+        problems += check("slots", SLOTS)
+        problems += check("usage by expert", USAGE_BY_EXPERT)
         if plan_id is None:  # steering may drop a slot and leave it with weight 0
-            problems += _weight_order(con, run_id)
+            problems += check("weight order", WEIGHT_ORDER, **_ordered_routers(con, run_id))
     if record_level == "probs":
-        problems += _run_check(con, run_id, "probabilities of tokens", PROBS_OF_TOKENS)
-        problems += _run_check(con, run_id, "probabilities", PROBS)
+        problems += check("probabilities of tokens", PROBS_OF_TOKENS)
+        problems += check("probabilities", PROBS)
     return problems
 
 
@@ -115,11 +119,17 @@ def weights_follow_rank(rule: Mapping[str, Any] | None) -> bool:
 
 
 def _run_check(
-    con: duckdb.DuckDBPyConnection, run_id: str, check: str, sql: str, **params: Any
+    con: duckdb.DuckDBPyConnection,
+    run_id: str,
+    per_check: int | None,
+    check: str,
+    sql: str,
+    **params: Any,
 ) -> Iterator[Problem]:
     """The problems a query finds; its columns are prompt id, layer and sentence."""
+    limit = "" if per_check is None else f"LIMIT {per_check}"
     rows = con.execute(
-        f"SELECT * FROM ({sql}) ORDER BY ALL LIMIT {PROBLEMS_PER_CHECK}", {"run": run_id, **params}
+        f"SELECT * FROM ({sql}) ORDER BY ALL {limit}", {"run": run_id, **params}
     ).fetchall()
     for prompt_id, layer, sentence in rows:
         yield Problem(check=check, sentence=sentence, prompt_id=prompt_id, layer=layer)
@@ -150,6 +160,8 @@ def _missing_prompts(
     if plan is None:
         return
     planned = {n for first, last in plan["prompt_ranges"] for n in range(first, last + 1)}
+    for repair in manifest.get("repairs", []):
+        planned -= set(repair["removed_prompts"])
     for prompt_id in sorted(planned ^ stored)[:PROBLEMS_PER_CHECK]:
         fault = "planned but not stored" if prompt_id in planned else "stored but not planned"
         yield Problem(
@@ -159,7 +171,8 @@ def _missing_prompts(
         )
 
 
-def _weight_order(con: duckdb.DuckDBPyConnection, run_id: str) -> Iterator[Problem]:
+def _ordered_routers(con: duckdb.DuckDBPyConnection, run_id: str) -> dict[str, list[Any]]:
+    """Layers and kinds of the routers whose weights follow the rank."""
     routers = con.execute(
         "SELECT layer, kind, rule FROM layers WHERE run_id = ?", [run_id]
     ).fetchall()
@@ -168,11 +181,4 @@ def _weight_order(con: duckdb.DuckDBPyConnection, run_id: str) -> Iterator[Probl
         for layer, kind, rule in routers
         if weights_follow_rank(json.loads(rule) if rule else None)
     ]
-    return _run_check(
-        con,
-        run_id,
-        "weight order",
-        WEIGHT_ORDER,
-        layers=[layer for layer, _ in ordered],
-        kinds=[kind for _, kind in ordered],
-    )
+    return {"layers": [layer for layer, _ in ordered], "kinds": [kind for _, kind in ordered]}

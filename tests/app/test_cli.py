@@ -15,13 +15,15 @@ from typing import Any
 import duckdb
 import pytest
 
+from moescope.probe.storage import writing
 from moescope.probe.storage.runs import run_folder
 from moescope.probe.storage.store import Store
 
 MOESCOPE = str(Path(sys.executable).with_name("moescope"))
 COMMANDS = ["demo", "doctor", "families", "models list", "models save", "trace", "runs",
-            "store verify", "analyze", "contrast", "plan from-table", "plan show", "plan check",
-            "generate", "evaluate", "dashboard"]  # fmt: skip
+            "store verify", "store repair", "store merge", "store delete", "store vacuum",
+            "store migrate", "store log", "sql", "analyze", "contrast", "plan from-table",
+            "plan show", "plan check", "generate", "evaluate", "dashboard"]  # fmt: skip
 
 
 def moescope(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -78,6 +80,61 @@ def test_trace_with_usage_layers_and_limit(model_folder: Path, tmp_path: Path) -
     assert layers == [0, 2]
     verified = moescope("store", "verify", "--store", store)
     assert verified.returncode == 0 and "adds up" in verified.stdout
+
+
+def test_stores_are_merged_asked_in_sql_emptied_and_shrunk(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    stores = [tmp_path / "a.duckdb", tmp_path / "b.duckdb"]
+    for store in stores:
+        done = moescope(
+            "trace", model_folder, "--prompts", questions(tmp_path, 3), "--store", store,
+            "--run", "r",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    log = json.loads(moescope("store", "log", "--store", stores[0], "--run", "r", "--json").stdout)
+    assert [log[0]["event"], log[-1]["event"], log[-1]["status"]] == [
+        "began",
+        "finished",
+        "complete",
+    ]
+    whole = tmp_path / "all.duckdb"
+    clash = moescope("store", "merge", *stores, "--into", whole)
+    assert clash.returncode == 2 and "different runs 'r'" in clash.stderr
+    assert not whole.exists()
+    assert moescope("store", "merge", stores[0], "--into", whole).returncode == 0
+    merged = moescope("store", "merge", stores[1], "--into", whole, "--rename", "r=s")
+    assert merged.returncode == 0 and "as 's'" in merged.stdout
+    assert "nothing to mend" in moescope("store", "repair", "--store", whole).stdout
+    asked = moescope(
+        "sql", "SELECT run_id, count(*) AS n FROM prompts GROUP BY 1 ORDER BY 1", "--store", whole,
+        "--json",
+    )  # fmt: skip
+    assert json.loads(asked.stdout) == [{"run_id": "r", "n": 3}, {"run_id": "s", "n": 3}]
+    deleted = moescope("store", "delete", "--store", whole, "--run", "r", "--yes")
+    assert deleted.returncode == 0 and "run 'r' deleted" in deleted.stdout
+    assert "MB before" in moescope("store", "vacuum", "--store", whole).stdout
+    assert list(Store(whole).runs()["run_id"]) == ["s"]
+
+
+def test_sql_is_read_only_and_stays_inside_the_store(model_folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "s.duckdb"
+    with writing(store):
+        pass
+    with duckdb.connect(str(store)) as con:
+        con.execute("CREATE VIEW peek AS SELECT * FROM read_text('/etc/passwd')").fetchall()
+    for query, words in (
+        ("SELECT * FROM peek", "reach outside the store"),
+        ("SELECT * FROM '/etc/passwd'", "moescope:"),
+        ("DELETE FROM runs", "moescope:"),
+        ("SELEC 1", "the query is wrong"),
+    ):
+        done = moescope("sql", query, "--store", store)
+        assert done.returncode != 0 and words in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and "root:" not in done.stdout + done.stderr
+    out = tmp_path / "runs.csv"
+    assert moescope("sql", "SELECT 1 AS one", "--store", store, "--out", out).returncode == 0
+    assert out.read_text() == "one\n1\n"
 
 
 def test_doctor_says_how_a_model_routes(model_folder: Path) -> None:

@@ -1,0 +1,197 @@
+"""Mending a store: what an interrupted or damaged collection left, and runs that contradict.
+
+What is mended is said, one sentence each, and nothing is invented: rows that contradict each other
+are removed with their whole prompts, and the run's manifest says how many and why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import duckdb
+
+from moescope.probe.errors import MoescopeError, RunError
+from moescope.probe.storage.copying import RUN_TABLES
+from moescope.probe.storage.faults import database_errors
+from moescope.probe.storage.files import (
+    REMOVED_PREFIX,
+    TEMPORARY_PREFIX,
+    disk_errors,
+    remove_folder,
+    remove_leftovers,
+)
+from moescope.probe.storage.ingest import main as ingest
+from moescope.probe.storage.locks import Announce, reading, resolve_store, writing
+from moescope.probe.storage.rows import transaction
+from moescope.probe.storage.run_folder import RunFolder
+from moescope.probe.storage.runs import claim_run
+from moescope.probe.storage.shards import finished_shards, read_shard, remove_shard
+from moescope.probe.storage.verify import find_problems
+
+_PROMPT_TABLES: Final = tuple(
+    name for name in RUN_TABLES if name not in ("runs", "layers", "ingested_shards")
+)
+_PATIENCE_S: Final = 600.0
+
+
+def repair_store(
+    path: str | os.PathLike[str], *, dry_run: bool = False, announce: Announce | None = None
+) -> list[str]:
+    """Mend what can be mended; runs that are being recorded right now are left alone.
+
+    In this order: half-written files are removed; damaged shards are removed (the run's own command
+    records them anew); whole shards that no ingester took are ingested; rows without a run are
+    removed; of complete or failed runs, prompts whose rows contradict each other are removed, and
+    the counts set right.
+
+    Args:
+        path: the store.
+        dry_run: only say what would be done.
+        announce: told what is waited for.
+
+    Returns:
+        One sentence for everything that was done, or would be.
+
+    Raises:
+        StoreError: the file is missing or no store.
+        MoescopeError: the disk is full, or shards cannot be ingested.
+    """
+    store = resolve_store(path)
+    with reading(store):
+        pass
+    done = [*_mend_folders(store, dry_run)]
+    with database_errors(f"looking for contradictions in {store}"), reading(store) as con:
+        orphans = _orphans(con)
+        contradicting = _contradicting(con)
+    for table, rows in orphans.items():
+        done.append(f"{table}: {rows:,} rows that belong to no run removed")
+    for run_id, (prompts, reason) in contradicting.items():
+        done.append(
+            f"run {run_id!r}: {len(prompts)} prompts with contradicting rows removed ({reason})"
+            if prompts
+            else f"run {run_id!r}: its counts set right ({reason})"
+        )
+    if not dry_run and (orphans or contradicting):
+        with (
+            database_errors(f"repairing {store}"),
+            writing(store, wait_s=_PATIENCE_S, announce=announce) as con,
+            transaction(con),
+        ):
+            for table in orphans:
+                con.execute(
+                    f"DELETE FROM {table} WHERE run_id NOT IN (SELECT run_id FROM runs)"
+                ).fetchall()
+            for run_id, (prompts, reason) in contradicting.items():
+                _drop_prompts(con, run_id, prompts, reason)
+    return done
+
+
+def _mend_folders(store: Path, dry_run: bool) -> Iterator[str]:
+    """What collections left beside the store."""
+    beside = store.with_name(f"{store.name}.shards")
+    if not beside.is_dir():
+        return
+    for path in sorted(entry for entry in beside.iterdir() if entry.is_dir()):
+        if path.name.startswith((TEMPORARY_PREFIX, REMOVED_PREFIX)):
+            yield f"{path} removed: it is half-written"
+            if not dry_run:
+                with disk_errors(f"removing {path}"):
+                    remove_folder(path)
+            continue
+        yield from _mend_folder(store, RunFolder(path), dry_run)
+    if not dry_run:
+        with suppress(OSError):  # still in use
+            beside.rmdir()
+
+
+def _mend_folder(store: Path, folder: RunFolder, dry_run: bool) -> Iterator[str]:
+    """Remove damaged shards of a run folder, then ingest the whole ones."""
+    try:
+        name = folder.read()[0]
+        with claim_run(folder, name):
+            damaged = [
+                shard for shard in finished_shards(folder.path) if _is_damaged(folder, shard)
+            ]
+            for shard_id in damaged:
+                yield f"run {name!r}: damaged {shard_id} removed; its command records it anew"
+                if not dry_run:
+                    with disk_errors(f"removing {shard_id} of {folder.path}"):
+                        remove_shard(folder.path, shard_id)
+                        folder.reopen()
+            whole = sorted(set(finished_shards(folder.path)) - set(damaged))
+            if not dry_run:
+                remove_leftovers(folder.path, TEMPORARY_PREFIX)
+    except RunError as error:
+        yield f"left alone: {error}"
+        return
+    if whole:
+        yield f"run {name!r}: {len(whole)} whole shards ingested"
+        if not dry_run and ingest([str(store), str(folder.path)]) != 0:
+            raise MoescopeError(f"the shards in {folder.path} could not be ingested")
+
+
+def _is_damaged(folder: RunFolder, shard_id: str) -> bool:
+    try:
+        read_shard(folder.path, shard_id)
+    except MoescopeError:
+        return True
+    return False
+
+
+def _orphans(con: duckdb.DuckDBPyConnection) -> dict[str, int]:
+    """Rows by table whose run is not in `runs`."""
+    found = {}
+    for table in RUN_TABLES:
+        rows = con.execute(
+            f"SELECT count(*) FROM {table} WHERE run_id NOT IN (SELECT run_id FROM runs)"
+        ).fetchall()
+        if rows[0][0]:
+            found[table] = int(rows[0][0])
+    return found
+
+
+def _contradicting(con: duckdb.DuckDBPyConnection) -> dict[str, tuple[list[int], str]]:
+    """By run: the prompts to remove, and the first contradiction."""
+    found: dict[str, tuple[list[int], str]] = {}
+    runs = con.execute("SELECT run_id FROM runs WHERE status <> 'running'").fetchall()
+    for (run_id,) in runs:
+        problems = find_problems(con, run_id, per_check=None)
+        counted = con.execute(
+            "SELECT num_tokens IS DISTINCT FROM (SELECT count(*) FROM tokens t WHERE "
+            "t.run_id = r.run_id) FROM runs r WHERE run_id = ?",
+            [run_id],
+        ).fetchall()
+        if problems:
+            prompts = sorted({p.prompt_id for p in problems if p.prompt_id is not None})
+            found[run_id] = (prompts, str(problems[0]))
+        elif counted == [(True,)]:
+            found[run_id] = ([], "its number of tokens was wrong")
+    return found
+
+
+def _drop_prompts(
+    con: duckdb.DuckDBPyConnection, run_id: str, prompts: list[int], reason: str
+) -> None:
+    """Remove prompts wholly, set the counts right, and leave word of it in the manifest."""
+    for table in _PROMPT_TABLES:
+        con.execute(
+            f"DELETE FROM {table} WHERE run_id = ? AND list_contains(?, prompt_id)",
+            [run_id, prompts],
+        ).fetchall()
+    rows = con.execute("SELECT manifest FROM runs WHERE run_id = ?", [run_id]).fetchall()
+    manifest = json.loads(rows[0][0])
+    manifest.setdefault("repairs", []).append(
+        {"at": datetime.now(UTC).isoformat(), "removed_prompts": prompts, "because": reason}
+    )
+    con.execute(
+        "UPDATE runs SET status = 'complete', manifest = ?, num_tokens = (SELECT count(*) FROM "
+        "tokens t WHERE t.run_id = runs.run_id), num_prompts = (SELECT count(*) FROM prompts p "
+        "WHERE p.run_id = runs.run_id) WHERE run_id = ?",
+        [json.dumps(manifest, ensure_ascii=False), run_id],
+    ).fetchall()
