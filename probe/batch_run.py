@@ -14,7 +14,6 @@ from typing import Final
 import pyarrow as pa
 import torch
 
-from moescope.probe.batching import PlannedBatch
 from moescope.probe.errors import RecordingError
 from moescope.probe.generation import batch_sampling, generate_batch, pad_left
 from moescope.probe.models import ModelBundle
@@ -32,7 +31,6 @@ class BatchRunner:
 
     Args:
         bundle: model and tokenizer.
-        rendered: all prompts of the run, in order.
         sites: the model's routers, proved.
         layers: the routers to keep.
         options: how to run and what to keep.
@@ -41,21 +39,21 @@ class BatchRunner:
     def __init__(
         self,
         bundle: ModelBundle,
-        rendered: Sequence[RenderedPrompt],
         sites: Sequence[RouterSite],
         layers: Sequence[LayerInfo],
         options: TraceOptions,
     ) -> None:
         self._bundle = bundle
-        self._rendered = rendered
         self._sites = sites
         self._layers = layers
         self._options = options
         #: Padded tokens, answers included, that did not fit; None as long as all did.
         self._too_many: int | None = None
 
-    def run(self, batch: PlannedBatch) -> tuple[Mapping[str, pa.Table], int]:
-        """Run a planned batch.
+    def run(
+        self, members: Sequence[RenderedPrompt], batch_index: int
+    ) -> tuple[Mapping[str, pa.Table], int]:
+        """Run the prompts of a planned batch.
 
         Returns:
             The store's rows, table by table, and the number of parts it was run in.
@@ -64,7 +62,7 @@ class BatchRunner:
             RecordingError: a single prompt does not fit into memory, or routing would have been
                 recorded wrongly.
         """
-        parts = self._in_parts([self._rendered[index] for index in batch.members], batch.index)
+        parts = self._in_parts(members, batch_index)
         names = {name for part in parts for name in part}
         return {
             name: pa.concat_tables([part[name] for part in parts if name in part])
@@ -86,12 +84,7 @@ class BatchRunner:
         # Outside of the handler, whose traceback would keep what the failed attempt had allocated.
         _free_memory()
         if len(members) == 1:
-            raise RecordingError(
-                f"prompt {members[0].prompt.key or members[0].prompt.prompt_id!r} with "
-                f"{len(members[0]):,} tokens and {self._options.max_new_tokens:,} to generate does "
-                f"not fit into the memory of {self._bundle.device} even alone; shorten it, or use "
-                "a smaller --dtype or --device-map auto"
-            )
+            raise too_long(members[0], self._options, self._bundle.device)
         half = len(members) // 2
         return [
             *self._in_parts(members[:half], batch_index),
@@ -140,6 +133,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(words in str(error).lower() for words in _CPU_IS_FULL)
+
+
+def too_long(prompt: RenderedPrompt, options: TraceOptions, device: object) -> RecordingError:
+    """The error for a prompt that does not even fit into memory alone."""
+    return RecordingError(
+        f"prompt {prompt.prompt.key or prompt.prompt.prompt_id!r} with {len(prompt):,} tokens and "
+        f"{options.max_new_tokens:,} to generate does not fit into the memory of {device} even "
+        "alone; shorten it, or use a smaller --dtype or --device-map auto"
+    )
 
 
 def _free_memory() -> None:

@@ -100,12 +100,48 @@ def load_model(
         model, tokenizer = _load(
             source, torch_dtype, trust_remote_code, target=target, device_map=device_map
         )
+    if device_map is None:
+        model = model.to(target)
+    return ModelBundle(
+        model.eval(), _padding_left(tokenizer), name, revision, str(model.config.model_type)
+    )
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The tokenizer of a model without the model, padding on the left.
+
+    Args:
+        name: as for `load_model`.
+        revision: as for `load_model`.
+        trust_remote_code: as for `load_model`.
+
+    Raises:
+        ModelInputError: there is no such model, or it has no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    from moescope.probe.demo.models import shipped_folder, shipped_models
+
+    if name in shipped_models():
+        source = _Source(str(shipped_folder(name)), None, is_local=True)
+    else:
+        source = _source(name, revision, shipped_models())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.name, **_options(source, trust_remote_code)
+        )
+    except (OSError, ValueError) as error:
+        raise _cannot_load(source.name, error) from error
+    return _padding_left(tokenizer)
+
+
+def _padding_left(tokenizer: Any) -> Any:
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if device_map is None:
-        model = model.to(target)
-    return ModelBundle(model.eval(), tokenizer, name, revision, str(model.config.model_type))
+    return tokenizer
 
 
 def estimate_memory(

@@ -10,10 +10,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-import torch
-
 from moescope.probe.batching import PlannedBatch
-from moescope.probe.models import ModelBundle
+from moescope.probe.engine import ModelFacts
 from moescope.probe.outcomes import DETECTOR
 from moescope.probe.rendering import RenderedPrompt
 from moescope.probe.routers import LayerInfo
@@ -25,24 +23,19 @@ _PACKAGES = ("moescope", "torch", "transformers", "duckdb", "pyarrow")
 
 
 def describe_run(
-    bundle: ModelBundle,
+    model: ModelFacts,
     rendered: Sequence[RenderedPrompt],
-    layers: Sequence[LayerInfo],
     batches: Sequence[PlannedBatch],
     options: TraceOptions,
     manifest: Mapping[str, Any],
 ) -> RunDescription:
     """Everything about the run that is known before its first batch."""
     arguments = {**asdict(options), "sampling": options.sampling.to_json()}
-    numbers = {
-        "dtype": str(bundle.model.dtype).removeprefix("torch."),
-        "device": bundle.device.type,
-        "threads": torch.get_num_threads(),
-    }
+    numbers = {"dtype": model.dtype, "device": model.device, "threads": model.threads}
     versions = {name: version(name) for name in _PACKAGES}
     identity = {
-        "model": bundle.name,
-        "revision": bundle.revision,
+        "model": model.name,
+        "revision": model.revision,
         "prompts_sha256": _prompts_hash(rendered),
         "arguments": arguments,
         "versions": {name: versions[name] for name in ("torch", "transformers")},
@@ -52,16 +45,16 @@ def describe_run(
         "versions": {**versions, "python": platform.python_version()},
         "arguments": arguments,
         "detector": DETECTOR,
-        "chat_template": bundle.tokenizer.chat_template,
         **numbers,
+        **({"easyep_missing": list(model.easyep_missing)} if options.norms else {}),
         **manifest,
     }
     return RunDescription(
-        model=bundle.name,
-        revision=bundle.revision,
-        family=bundle.family,
+        model=model.name,
+        revision=model.revision,
+        family=model.family,
         record_level=options.level,
-        layers=[_layer_row(info) for info in layers],
+        layers=[_layer_row(info) for info in model.layers],
         manifest=facts,
         identity=identity,
         planned_shards={

@@ -15,31 +15,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import torch
-
-from moescope.probe.batch_run import BatchRunner
-from moescope.probe.batching import PlannedBatch, plan_batches
-from moescope.probe.errors import InputError, ModelInputError, RunError
+from moescope.probe.batching import plan_batches
+from moescope.probe.engine import BatchDone, Engine, LocalEngine, ModelFacts
+from moescope.probe.errors import RunError
 from moescope.probe.models import ModelBundle
-from moescope.probe.norms import require_norms
 from moescope.probe.prompts import Prompt
-from moescope.probe.recording import record
 from moescope.probe.rendering import RenderedPrompt, render_prompt
-from moescope.probe.routers import LayerInfo, RouterSite, find_routers, verify_routers
 from moescope.probe.run_facts import describe_run
 from moescope.probe.storage.ingester import start_ingester
 from moescope.probe.storage.run_folder import RunFolder
 from moescope.probe.storage.run_log import RunLog, run_log
 from moescope.probe.storage.runs import begin_run
-from moescope.probe.storage.shards import shard_name, write_shard
+from moescope.probe.storage.shards import shard_name
 from moescope.probe.storage.store import Store
 from moescope.probe.trace_options import TraceOptions
 
-__all__ = ["Progress", "TraceOptions", "TraceSummary", "trace_prompts"]
+__all__ = ["Progress", "TraceOptions", "TraceSummary", "collect", "render_prompts", "trace_prompts"]
 
 #: Called with prompts done, prompts in all, and a few words (speed, bytes).
 Progress = Callable[[int, int, str], None]
@@ -74,6 +67,13 @@ class _Tally:
     tokens: int = 0
     rows: int = 0
     size_bytes: int = 0
+
+    def add(self, done: BatchDone) -> None:
+        """Count a batch."""
+        self.prompts += done.prompts
+        self.tokens += done.tokens
+        self.rows += done.rows
+        self.size_bytes += done.size_bytes
 
     @property
     def facts(self) -> dict[str, float]:
@@ -126,66 +126,111 @@ def trace_prompts(
         ModelInputError: `norms` on a family whose experts cannot be run one at a time.
     """
     options = options or TraceOptions()
-    rendered = [
-        render_prompt(
-            bundle.tokenizer, prompt, chat_template=options.chat_template, system=options.system
-        )
+    rendered = render_prompts(bundle.tokenizer, prompts, options)
+    return collect(
+        LocalEngine(bundle, rendered, options),
+        rendered,
+        store,
+        run,
+        options,
+        manifest={"chat_template": bundle.tokenizer.chat_template, **(manifest or {})},
+        keep_shards=keep_shards,
+        announce=announce,
+        progress=progress,
+    )
+
+
+def render_prompts(
+    tokenizer: Any, prompts: Sequence[Prompt], options: TraceOptions
+) -> list[RenderedPrompt]:
+    """Prompts as the model will see them."""
+    return [
+        render_prompt(tokenizer, prompt, chat_template=options.chat_template, system=options.system)
         for prompt in prompts
     ]
-    sites = _proved_sites(bundle, rendered, options)
-    layers = _kept_layers(sites, options)
-    facts = dict(manifest or {})
-    if options.norms:
-        facts["easyep_missing"] = _try_norms(bundle, rendered, sites, announce)
+
+
+def collect(
+    engine: Engine,
+    rendered: Sequence[RenderedPrompt],
+    store: str | PathLike[str],
+    run: str,
+    options: TraceOptions,
+    *,
+    manifest: Mapping[str, Any],
+    keep_shards: bool = False,
+    announce: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+) -> TraceSummary:
+    """Plan a run, have an engine run its batches, and have them ingested.
+
+    Args:
+        engine: what runs the batches.
+        rendered: all prompts of the run, in order.
+        store: the DuckDB file; made when it does not exist.
+        run: the run's name, unique in the store.
+        options: how to run and what to keep.
+        manifest: further facts for `runs.manifest`.
+        keep_shards: leave the Parquet shards beside the store after they are in it.
+        announce: told in a sentence what the run waits for.
+        progress: called after every batch.
+
+    Raises:
+        RunError: the run exists and is complete, or was begun with other arguments.
+        RecordingError: routing would have been recorded wrongly.
+    """
+    _announce_missing(engine.facts, announce)
     batches = plan_batches(
         [len(prompt) for prompt in rendered],
         tokens_per_batch=options.tokens_per_batch,
         extra_tokens=options.max_new_tokens,
     )
-    description = describe_run(bundle, rendered, layers, batches, options, facts)
+    description = describe_run(engine.facts, rendered, batches, options, manifest)
     with begin_run(store, run, description) as point:
         if point.is_complete:
             raise RunError(f"run {run!r} is complete already; choose another name with --run")
         tally, log = _Tally(), run_log(store, run)
         left = [batch for batch in batches if shard_name(batch.index) not in point.finished]
-        resumed = len(prompts) - sum(len(batch.members) for batch in left)
+        resumed = len(rendered) - sum(len(batch.members) for batch in left)
         log.write(
-            "began" if point.is_new else "resumed", model=bundle.name, prompts=len(prompts),
-            batches=len(batches), left=len(left), pid=os.getpid(),
+            "began" if point.is_new else "resumed", model=engine.facts.name,
+            prompts=len(rendered), batches=len(batches), left=len(left), pid=os.getpid(),
         )  # fmt: skip
         with (
             _stops_logged(log),
             start_ingester(store, point.folder, keep_shards=keep_shards) as ingester,
         ):
-            runner = BatchRunner(bundle, rendered, sites, layers, options)
-            for batch in left:
+            for done in engine.run(left, point.folder.path):
                 ingester.check()
-                tables, num_parts = runner.run(batch)
-                if num_parts > 1:
-                    _note_halved(point.folder, log, announce, shard_name(batch.index), num_parts)
-                _write_batch(batch, rendered, tables, point.folder.path, tally)
-                log.write("batch", shard=shard_name(batch.index), **tally.facts)
+                if done.parts > 1:
+                    _note_halved(point.folder, log, announce, done)
+                tally.add(done)
+                log.write("batch", shard=done.shard_id, **tally.facts)
                 if progress is not None:
-                    progress(resumed + tally.prompts, len(prompts), tally.note)
+                    progress(resumed + tally.prompts, len(rendered), tally.note)
             point.folder.finish()
             ingester.wait_until_done(announce=announce)
-    return _summary(store, run, len(prompts), resumed, tally)
+    return _summary(store, run, len(rendered), resumed, tally)
+
+
+def _announce_missing(facts: ModelFacts, announce: Callable[[str], None] | None) -> None:
+    if facts.easyep_missing and announce is not None:
+        announce(
+            f"easyep_sum stays empty in layers {list(facts.easyep_missing)} of {facts.name}: their "
+            "experts work in another width than the residual stream, or what they read is not it"
+        )
 
 
 def _note_halved(
-    folder: RunFolder,
-    log: RunLog,
-    announce: Callable[[str], None] | None,
-    shard_id: str,
-    num_parts: int,
+    folder: RunFolder, log: RunLog, announce: Callable[[str], None] | None, done: BatchDone
 ) -> None:
     """Say it now, and leave word of it for the manifest."""
-    folder.add_fact("halved_batches", shard_id, num_parts)
-    log.write("halved", shard=shard_id, parts=num_parts)
+    folder.add_fact("halved_batches", done.shard_id, done.parts)
+    log.write("halved", shard=done.shard_id, parts=done.parts)
     if announce is not None:
         announce(
-            f"the batch of {shard_id} did not fit into memory and was run in {num_parts} parts; "
-            "a smaller --tokens-per-batch avoids that"
+            f"the batch of {done.shard_id} did not fit into memory and was run in {done.parts} "
+            "parts; a smaller --tokens-per-batch avoids that"
         )
 
 
@@ -218,78 +263,3 @@ def _summary(
         seconds=time.monotonic() - tally.started,
         size_bytes=tally.size_bytes,
     )
-
-
-def _proved_sites(
-    bundle: ModelBundle, rendered: Sequence[RenderedPrompt], options: TraceOptions
-) -> list[RouterSite]:
-    """Prove the routers on the first prompt, after what can be refused without running anything."""
-    if getattr(bundle.model.config, "is_encoder_decoder", False):
-        raise ModelInputError(
-            f"{bundle.name} is an encoder-decoder model, whose prompt and answer pass different "
-            "layers; a store holds decoder-only runs, so record it with moescope.probe.record"
-        )
-    if options.norms:
-        require_norms(bundle.model, find_routers(bundle.model))
-    example = torch.tensor([rendered[0].token_ids], device=bundle.device)
-    return verify_routers(bundle.model, example)
-
-
-def _kept_layers(sites: Sequence[RouterSite], options: TraceOptions) -> list[LayerInfo]:
-    """The layers that were asked for."""
-    found = [site.info for site in sites]
-    if options.layers is None:
-        return found
-    routed = sorted({info.layer for info in found})
-    missing = sorted(set(options.layers) - set(routed))
-    if missing:
-        raise InputError(f"layers {missing} have no router; the routed layers are {routed}")
-    return [info for info in found if info.layer in options.layers]
-
-
-def _try_norms(
-    bundle: ModelBundle,
-    rendered: Sequence[RenderedPrompt],
-    sites: Sequence[RouterSite],
-    announce: Callable[[str], None] | None,
-) -> list[int]:
-    """Measure norms on the first prompt, so that what cannot be measured is known at the start.
-
-    Returns:
-        The layers for which EASY-EP's score cannot be had.
-    """
-    example = torch.tensor([rendered[0].token_ids], device=bundle.device)
-    with record(bundle.model, norms=True, sites=sites) as trace, torch.inference_mode():
-        bundle.model(input_ids=example, use_cache=False, logits_to_keep=1)
-    missing = []
-    for info in trace.layers:
-        norms = trace[info.layer, info.kind].norms
-        assert norms is not None
-        if not torch.isfinite(norms.residual_change).all():
-            missing.append(info.layer)
-    if missing and announce is not None:
-        announce(
-            f"easyep_sum stays empty in layers {missing} of {bundle.name}: their experts work in "
-            "another width than the residual stream, or what they read is not it"
-        )
-    return missing
-
-
-def _write_batch(
-    batch: PlannedBatch,
-    rendered: Sequence[RenderedPrompt],
-    tables: Mapping[str, pa.Table],
-    folder: Path,
-    tally: _Tally,
-) -> None:
-    """Write one batch as a shard."""
-    written = write_shard(
-        folder,
-        shard_name(batch.index),
-        tables,
-        prompt_ids=[rendered[index].prompt.prompt_id for index in batch.members],
-    )
-    tally.prompts += len(batch.members)
-    tally.tokens += tables["tokens"].num_rows
-    tally.rows += tables["routing"].num_rows if "routing" in tables else 0
-    tally.size_bytes += sum(file.size_bytes for file in written.files.values())

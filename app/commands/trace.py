@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moescope.app import console
+from moescope.probe.errors import InputError
+
+if TYPE_CHECKING:
+    from moescope.probe.engine import Engine
+    from moescope.probe.prompts import Prompt
+    from moescope.probe.rendering import RenderedPrompt
+    from moescope.probe.trace_options import TraceOptions
 
 
 class Level(StrEnum):
@@ -26,6 +34,13 @@ class Switch(StrEnum):
     auto = "auto"
     on = "on"
     off = "off"
+
+
+class EngineName(StrEnum):
+    """Where batches run."""
+
+    local = "local"
+    ray = "ray"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +66,12 @@ class TraceArguments:
     skip_bad_lines: bool = False
     keep_shards: bool = False
     trust_remote_code: bool = False
+    engine: str = "local"
+    workers: int = 1
+    gpus_per_worker: float = 0.0
+    cpus_per_worker: int = 1
+    shards_at: str | None = None
+    ray_address: str | None = None
 
 
 def register(app: typer.Typer) -> None:
@@ -108,6 +129,23 @@ def register(app: typer.Typer) -> None:
         trust_remote_code: Annotated[
             bool, typer.Option("--trust-remote-code", help="Let the model's own code run.")
         ] = False,
+        engine: Annotated[
+            EngineName, typer.Option(help="Run batches in this process, or on a Ray cluster.")
+        ] = EngineName.local,
+        workers: Annotated[
+            int, typer.Option(min=1, help="Ray: workers, each with a model of its own.")
+        ] = 1,
+        gpus_per_worker: Annotated[float, typer.Option(min=0, help="Ray: GPUs of a worker.")] = 0.0,
+        cpus_per_worker: Annotated[
+            int, typer.Option(min=1, help="Ray: CPUs and threads of a worker.")
+        ] = 1,
+        shards_at: Annotated[
+            str | None,
+            typer.Option(help="Ray: an fsspec URL for shards, where no folder is shared."),
+        ] = None,
+        ray_address: Annotated[
+            str | None, typer.Option(help="Ray: the cluster; else one on this machine.")
+        ] = None,
     ) -> None:
         """Record a run; the same command again resumes an unfinished one.
 
@@ -121,7 +159,9 @@ def register(app: typer.Typer) -> None:
                 system=system, layers=layers, tokens_per_batch=tokens_per_batch, device=device,
                 dtype=dtype, device_map=device_map, limit=limit,
                 skip_bad_lines=skip_bad_lines, keep_shards=keep_shards,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=trust_remote_code, engine=engine.value, workers=workers,
+                gpus_per_worker=gpus_per_worker, cpus_per_worker=cpus_per_worker,
+                shards_at=shards_at, ray_address=ray_address,
             )
         )  # fmt: skip
 
@@ -141,8 +181,7 @@ def run_trace(arguments: TraceArguments) -> None:
     layers = None if arguments.layers is None else parse_layers(arguments.layers)
 
     from moescope.probe.generation import read_sampling
-    from moescope.probe.models import load_model
-    from moescope.probe.trace import TraceOptions, trace_prompts
+    from moescope.probe.trace_options import TraceOptions
 
     options = TraceOptions(
         level=arguments.record,  # type: ignore[arg-type]
@@ -154,23 +193,24 @@ def run_trace(arguments: TraceArguments) -> None:
         layers=layers,
         tokens_per_batch=arguments.tokens_per_batch,
     )
-    bundle = load_model(
-        arguments.model,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        device_map=arguments.device_map,
-        trust_remote_code=arguments.trust_remote_code,
-    )
     hashes = {str(file.path.name): file.sha256 for file in files}
     skipped = [problem for file in files for problem in file.skipped]
+    rendered, engine, chat_template = _engine(arguments, prompts, options)
+    from moescope.probe.trace import collect
+
     with console.progress(f"recording {arguments.run}", "prompts") as update:
-        summary = trace_prompts(
-            bundle,
-            prompts,
+        summary = collect(
+            engine,
+            rendered,
             arguments.store,
             arguments.run,
             options,
-            manifest={"prompt_files": hashes, "skipped_lines": skipped},
+            manifest={
+                "prompt_files": hashes,
+                "skipped_lines": skipped,
+                "chat_template": chat_template,
+                "engine": arguments.engine,
+            },
             keep_shards=arguments.keep_shards,
             announce=console.say,
             progress=update,
@@ -181,3 +221,45 @@ def run_trace(arguments: TraceArguments) -> None:
         f"{summary.rows:,} routing rows in {arguments.store}; this took "
         f"{console.duration(summary.seconds)} and {summary.size_bytes / 1e6:.1f} MB of shards"
     )
+
+
+def _engine(
+    arguments: TraceArguments, prompts: Sequence[Prompt], options: TraceOptions
+) -> tuple[Sequence[RenderedPrompt], Engine, str | None]:
+    """Rendered prompts, what runs them, and the chat template."""
+    from moescope.probe.models import load_model, load_tokenizer
+
+    if arguments.engine == "local":
+        bundle = load_model(
+            arguments.model,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            device_map=arguments.device_map,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        from moescope.probe.engine import LocalEngine
+        from moescope.probe.trace import render_prompts
+
+        rendered = render_prompts(bundle.tokenizer, prompts, options)
+        return rendered, LocalEngine(bundle, rendered, options), bundle.tokenizer.chat_template
+    if arguments.device_map is not None:
+        raise InputError("--device-map spreads one model and --engine ray many; use one of them")
+    from moescope.probe.ray_engine import ModelSource, RayEngine, RayOptions
+    from moescope.probe.trace import render_prompts
+
+    tokenizer = load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    rendered = render_prompts(tokenizer, prompts, options)
+    source = ModelSource(
+        name=arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    spread = RayOptions(
+        workers=arguments.workers,
+        gpus_per_worker=arguments.gpus_per_worker,
+        cpus_per_worker=arguments.cpus_per_worker,
+        shards_at=arguments.shards_at,
+        address=arguments.ray_address,
+    )
+    return rendered, RayEngine(source, rendered, options, spread), tokenizer.chat_template
