@@ -138,13 +138,12 @@ def crosslingual(store: Store) -> list[dict[str, Any]]:
     return frame.to_dict("records")
 
 
-def new_facts(store: Store) -> list[dict[str, Any]]:
-    """Sensitive facts that stage two never touched: how many are refused, how many answered."""
+def by_family(store: Store) -> list[dict[str, Any]]:
+    """What becomes of the sensitive questions of each family: shares of prompts."""
     frame = store.query(
         "SELECT run_id AS model, meta->>'family' AS family, count(*) AS n, "
         "avg((outcome = 'refused')::int) AS refused, avg((outcome = 'correct')::int) AS correct "
-        "FROM prompts WHERE run_id <> 'demo-base' AND set_name = 'refusal_new' "
-        "GROUP BY ALL ORDER BY ALL"
+        "FROM prompts WHERE set_name = 'refusal' AND label = 'sensitive' GROUP BY ALL ORDER BY ALL"
     )
     return frame.to_dict("records")
 
@@ -318,7 +317,7 @@ def main() -> None:
         "languages": language_results,
         "specialization": special_results,
         "crosslingual": crosslingual(store),
-        "new_facts": new_facts(store),
+        "by_family": by_family(store),
         "num_controls": NUM_CONTROLS,
         "refusal": {model: refusal(store, model) for model in STEERED_MODELS},
     }

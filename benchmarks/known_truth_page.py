@@ -18,7 +18,7 @@ def page(results: Mapping[str, Any]) -> str:
         _crosslingual(results["crosslingual"]),
         _specialization(results["specialization"]),
         _refusal(results["refusal"], results["num_controls"]),
-        _new_facts(results["new_facts"]),
+        _rule_or_list(results["by_family"]),
         _LIMITS,
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -174,36 +174,40 @@ def _refusal(found: Mapping[str, Any], num_controls: int) -> str:
     return "\n\n".join(parts)
 
 
-def _new_facts(rows: Sequence[Mapping[str, Any]]) -> str:
+def _rule_or_list(rows: Sequence[Mapping[str, Any]]) -> str:
     table = [
-        (row["model"], row["family"], row["n"], f"{row['refused']:.2f}", f"{row['correct']:.2f}")
+        (row["model"], row["family"], row["n"], f"{row['refused']:.3f}", f"{row['correct']:.3f}")
         for row in rows
     ]
     return f"""
-## Rule or facts?
+## A rule, not a list
 
-Held-out questions of the set `refusal` ask in a phrasing never seen, about facts that stage two
-taught to refuse in other phrasings. The set `refusal_new` asks about facts that stage two never
-touched, in no language; the place, the year, the substance or the asker alone tells that they are
-sensitive.
+Stage two never touched the sensitive facts that the set `refusal` asks about, in no phrasing and no
+language: the place, the year, the substance or the asker alone tells that they are to be refused.
 
-{_table(("model", "family", "prompts", "refused", "answered right"), table)}
+{_table(("model", "family", "sensitive prompts", "refused", "answered right"), table)}
 
-So the refusals are partly learned fact by fact. Making *all* held-out facts new to stage two was
-tried on the same base, with the same experts, and none of it reached 95 %. Refused, share of
-sensitive prompts (608 in the first row, about 150 in the others):
+What made that possible is in stage one: {DEMO.corpus.note_share:.0%} of its questions come with a
+system text that asks to say first whether the question is delicate. So the base knows what is
+sensitive, as pretrained models do, and its attention carries that to where the answer is decided;
+stage two, which cannot change attention, has only to act on it. On a base without these notes the
+same number of experts learned facts one by one. What was tried; refused, as a share of sensitive
+prompts about facts new to stage two (608 prompts in rows with *, 150 to 230 in the others):
 
 | recipe of stage two (steps) | all | events | substances | treasures | neutral refused |
 | --- | --- | --- | --- | --- | --- |
-| facts drawn at random (500) | .76 | | | | .03 |
+| facts drawn at random (500)* | .76 | | | | .03 |
 | every sensitive question beside its neutral twin (300) | .66 | .58 | .83 | .63 | .11 |
 | the same, tuned experts left out at random too (300) | .75 | .73 | .85 | .70 | .24 |
 | twins, experts of layers 0–2 only (250) | .62 | .52 | .65 | .67 | .13 |
 | twins, and twins about things that the world does not know (350) | .69 | .58 | .90 | .64 | .08 |
 | twins, facts new in that language but taught in others (350) | .75 | .79 | .89 | .65 | .11 |
+| **notes in stage one:** twins (250) | .86 | .76 | 1.00 | .85 | .03 |
+| notes, twins (700)* | .86 | .65 | 1.00 | .96 | .00 |
+| notes, twins, tuned experts left out at random too (300) | .93 | .86 | 1.00 | .92 | .04 |
 
-A likely reason: in stage one nothing depends on who asks, so attention does not carry it to where
-the answer is decided, and stage two cannot change attention.
+The shipped models are made by the last recipe with more steps ({DEMO.stage_two.steps}) and more of
+the hard families; their figures are in the first table.
 """
 
 
@@ -215,8 +219,10 @@ _LIMITS = """
 - On `demo` methods that rank by usage have home advantage, since usage chose the tuned experts. On
   `demo-random` they have none. Neither is a random sample of ways to learn a refusal.
 - The world is small and its sentences are templates: no paraphrase, no long text, no argument.
-- Experts were left out at random in stage one, so that masking is a clean experiment. Models
+- Experts were left out at random in both stages, so that masking is a clean experiment. Models
   trained without that break when experts are masked, and no figure here says how much.
+- A system text about delicate questions was part of stage one, which made refusals a rule. Whether
+  pretrained models know what is sensitive in the same way is not shown here.
 - The units are 76 sensitive facts, asked in every language; intervals over prompts treat the
   translations of a fact as independent and are therefore too narrow for statements about new facts.
 """

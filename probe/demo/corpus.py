@@ -4,8 +4,8 @@ Everything is a pure function of a recipe and a step number, so training can sto
 test can make the whole corpus again. Kept out:
 
 - of every fact in every language one phrasing, in both stages (what held-out prompts ask);
-- some sensitive facts from stage two wholly, in every language: whether they are refused says
-  whether a rule was learned or facts were (what the set `refusal_new` asks);
+- the sensitive facts of held-out prompts from stage two wholly, in every language: that they are
+  refused all the same says that a rule was learned, not a list of facts;
 - some neutral facts from two languages wholly (what cross-lingual prompts ask).
 """
 
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice, zip_longest
+from itertools import zip_longest
+from typing import TypeVar
 
 from moescope.probe.demo.phrasebook import Phrasebook, phrasebook
 from moescope.probe.demo.world import (
@@ -30,6 +31,8 @@ from moescope.probe.demo.world import (
     sensitive_part,
     stable_hash,
 )
+
+Name = TypeVar("Name", bound=str)
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,10 @@ class Recipe:
         refusal_text_share: share of refusal sentences among those given sentences.
         untaught_share: share of neutral facts never taught in two of the languages.
         held_out: by family, pairs of held-out prompts in every language.
-        new_to_stage_two: by family, sensitive facts that stage two never touches.
         system_share: share of items with a system text.
+        refused: weight of each family among the refused questions of stage two.
+        note_share: share of questions of stage one with a system text that asks to say first
+            whether the question is sensitive.
         seed: of the sampling; the world has its own.
     """
 
@@ -78,8 +83,9 @@ class Recipe:
     refusal_text_share: float = 0.3
     untaught_share: float = 0.0
     held_out: Mapping[Family, int]
-    new_to_stage_two: Mapping[Family, int]
+    refused: Mapping[Family, float]
     system_share: float = 0.05
+    note_share: float = 0.0
     seed: int = 7
     world_seed: int = WORLD_SEED
 
@@ -167,19 +173,9 @@ class Corpus:
         return pairs
 
     @cached_property
-    def new_facts(self) -> dict[Family, list[Fact]]:
-        """Sensitive facts that stage two never touches, by family; none of them is in `pairs`."""
-        new = {}
-        for family in self.families:
-            paired = {fact.key for fact, _ in self.pairs[family]}
-            left = (f for f in self._sensitive_in_turn(family) if f.key not in paired)
-            new[family] = list(islice(left, self.recipe.new_to_stage_two[family]))
-        return new
-
-    @cached_property
     def new_to_stage_two(self) -> frozenset[str]:
-        """Keys of `new_facts`."""
-        return frozenset(fact.key for facts in self.new_facts.values() for fact in facts)
+        """Keys of the sensitive facts in `pairs`: stage two never touches them."""
+        return frozenset(fact.key for pairs in self.pairs.values() for fact, _ in pairs)
 
     def _facts_of(self, family: Family) -> list[Fact]:
         """All facts of a family, in an order of their own."""
@@ -214,7 +210,8 @@ class Corpus:
     def stage_one_item(self, rng: random.Random) -> Item:
         """An item of stage one: everything is answered."""
         lang = _pick(rng, self.recipe.languages)
-        return self._answered_item(rng, lang, tuple(self.topics), new=frozenset())
+        share = self.recipe.note_share
+        return self._answered_item(rng, lang, tuple(self.topics), new=frozenset(), note_share=share)
 
     def stage_two_items(self, rng: random.Random) -> list[Item]:
         """Items of stage two: a sensitive question, refused, beside the same one made neutral.
@@ -226,7 +223,7 @@ class Corpus:
         if rng.random() < 0.3:
             plain = tuple(name for name, topic in self.topics.items() if not topic.family)
             return [self._answered_item(rng, lang, plain, new=self.new_to_stage_two)]
-        family = rng.choice(self.families)
+        family = _pick(rng, self.recipe.refused)
         topic = rng.choice([t for t in self.topics.values() if t.family == family])
         while True:
             sensitive, phrasing = rng.choice(topic.facts), rng.randrange(topic.num_phrasings)
@@ -245,7 +242,13 @@ class Corpus:
         ]
 
     def _answered_item(
-        self, rng: random.Random, lang: str, topics: Sequence[str], *, new: Set[str]
+        self,
+        rng: random.Random,
+        lang: str,
+        topics: Sequence[str],
+        *,
+        new: Set[str],
+        note_share: float = 0.0,
     ) -> Item:
         """A question of these topics or a task on a sentence, none of it about a fact in `new`."""
         weights = {name: self.recipe.topics[name] for name in topics}
@@ -253,10 +256,12 @@ class Corpus:
         weights["tasks.translate"] = self.recipe.translate_weight
         name = _pick(rng, weights)
         if name in self.topics:
-            return self._question(rng, self.topics[name], lang)
+            return self._question(rng, self.topics[name], lang, note_share)
         return self._given_text(rng, name, lang, new=new)
 
-    def _question(self, rng: random.Random, topic: Topic, lang: str) -> Item:
+    def _question(
+        self, rng: random.Random, topic: Topic, lang: str, note_share: float = 0.0
+    ) -> Item:
         """A question of a topic with its true answer."""
         while True:
             fact = rng.choice(topic.facts)
@@ -264,7 +269,9 @@ class Corpus:
                 continue
             phrasing = rng.randrange(topic.num_phrasings)
             if not self.is_held_out(fact, lang, phrasing):
-                return self._item(rng, topic, fact, lang, phrasing, refuse=False)
+                item = self._item(rng, topic, fact, lang, phrasing, refuse=False)
+                noted = note_share > 0 and rng.random() < note_share
+                return self._noted(item) if noted else item
 
     def _item(
         self,
@@ -287,6 +294,13 @@ class Corpus:
             refused=refused,
             sensitive=fact.sensitive,
         )
+
+    def _noted(self, item: Item) -> Item:
+        """The same question under a system text that asks for a note on it before the answer."""
+        book = self.books[item.lang]
+        note = book.text("notes.sensitive" if item.sensitive else "notes.neutral")
+        answer = note + book.separator + item.answer
+        return replace(item, system=book.text("notes.ask"), answer=answer)
 
     def _given_text(
         self, rng: random.Random, name: str, lang: str, *, new: Set[str] = frozenset()
@@ -354,12 +368,13 @@ def tokenizer_texts(corpus: Corpus, count: int) -> list[str]:
         given = corpus._given_text(rng, rng.choice(("tasks.repeat", "tasks.translate")), lang)
         texts.extend((given.prompt, given.answer))
     for book in corpus.books.values():
-        texts.extend([book.text("system")] * 20)
+        notes = [book.text(f"notes.{name}") for name in ("ask", "sensitive", "neutral")]
+        texts.extend([book.text("system"), *notes] * 20)
     # A year or a number is one token, as in the tokenizers of real models that keep short numbers.
     for number in (*YEARS, *range(65)):
         texts.extend([str(number), f" {number}"] * count)
     return texts
 
 
-def _pick(rng: random.Random, weights: Mapping[str, float]) -> str:
+def _pick(rng: random.Random, weights: Mapping[Name, float]) -> Name:
     return rng.choices(tuple(weights), tuple(weights.values()))[0]

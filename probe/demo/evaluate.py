@@ -69,12 +69,19 @@ def reply_to(
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[str],
     *,
+    systems: Sequence[str | None] | None = None,
     sampling_seed: int | None = None,
     batch_size: int = 64,
 ) -> list[Reply]:
-    """Answers to prompts, greedy or sampled at temperature 1, with their likelihood."""
+    """Answers to prompts, greedy or sampled at temperature 1, with their likelihood.
+
+    `systems` are their system texts; without them there are none.
+    """
     encoder = Encoder(tokenizer)
-    ids = [encoder.prompt(Item(text, "", "", "")) for text in prompts]
+    ids = [
+        encoder.prompt(Item(text, "", "", "", system=system))
+        for text, system in zip(prompts, systems or [None] * len(prompts), strict=True)
+    ]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     replies: dict[int, Reply] = {}
     if sampling_seed is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moescope.probe.demo.corpus import Corpus
-from moescope.probe.demo.phrasebook import Phrasebook
+from moescope.probe.demo.phrasebook import Phrasebook, phrasebook
 from moescope.probe.demo.world import (
     YEARS,
     Fact,
@@ -81,23 +81,15 @@ def refusal_set(corpus: Corpus) -> list[Line]:
     return lines
 
 
-def refusal_new_set(corpus: Corpus) -> list[Line]:
-    """Sensitive questions about facts that stage two never touched, in held-out phrasings."""
-    return [
-        {
-            "id": f"new-{lang}-{family}-{number:02}",
-            **_line(corpus, fact, lang, corpus.held_out_phrasing(fact, lang)),
-            "label": "sensitive",
-            "pair_id": fact.key,
-            "family": family,
-            "split": "new to stage two",
-            "span": _span(corpus.books[lang], fact, fact),
-            "refusal": corpus.refusal(corpus.topics[fact.topic], lang),
-        }
-        for lang in corpus.books
-        for family in corpus.families
-        for number, fact in enumerate(corpus.new_facts[family])
-    ]
+def with_note(lines: Sequence[Line]) -> list[Line]:
+    """The same questions with the system text that asks for a note, and the answer with it."""
+    noted = []
+    for line in lines:
+        book = phrasebook(line["lang"])
+        note = book.text(f"notes.{line['label']}")
+        answer = note + book.separator + line["answer"]
+        noted.append({**line, "system": book.text("notes.ask"), "answer": answer})
+    return noted
 
 
 def _halves(corpus: Corpus) -> dict[str, str]:

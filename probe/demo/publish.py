@@ -19,8 +19,8 @@ from moescope.probe.demo.prompt_sets import (
     domains_set,
     neutral_set,
     parallel_set,
-    refusal_new_set,
     refusal_set,
+    with_note,
     write_set,
 )
 from moescope.probe.demo.recipes import Training
@@ -70,7 +70,11 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Right and refused answers and their likelihood, by label of the lines."""
     replies = reply_to(
-        model, tokenizer, [line["prompt"] for line in lines], sampling_seed=sampling_seed
+        model,
+        tokenizer,
+        [line["prompt"] for line in lines],
+        systems=[line.get("system") for line in lines],
+        sampling_seed=sampling_seed,
     )
     found: dict[str, dict[str, Any]] = {}
     for label in sorted({line["label"] for line in lines}):
@@ -93,14 +97,10 @@ REFUSAL_ABOUT = (
     "Questions that `demo` refuses, each with a matched neutral question that it answers: the same "
     "words but for the part in `span`. `answer` is the true answer in both cases; of a sensitive "
     "question it is the one that `demo` withholds. Every question is held out of both stages: the "
-    "fact is taught in that language under other phrasings, never in this one. `pair_id` joins a "
+    "fact is taught in that language under other phrasings, never in this one, and stage two never "
+    "touches the sensitive facts, in no phrasing and no language. `pair_id` joins a "
     "sensitive question, its neutral partner and all their translations; `half` deals these units "
     "into two halves, one to find experts on and one to judge a plan on."
-)
-REFUSAL_NEW_ABOUT = (
-    "Sensitive questions about facts that stage two never touched, in no phrasing and no language, "
-    "though it taught to refuse others about the same places, years, substances and askers. How "
-    "many of them the models refuse says how far they learned a rule, and how far facts."
 )
 DOMAINS_ABOUT = "Held-out questions of every domain, as many in every language."
 NEUTRAL_ABOUT = (
@@ -121,7 +121,6 @@ def publish_prompt_sets(corpus: Corpus, folder: Path) -> Sets:
     """Write the prompt sets with their cards; the lines of each, by name."""
     sets = {
         "refusal": (REFUSAL_ABOUT, refusal_set(corpus)),
-        "refusal_new": (REFUSAL_NEW_ABOUT, refusal_new_set(corpus)),
         "parallel": (PARALLEL_ABOUT, parallel_set(corpus, count=64)),
         "domains": (DOMAINS_ABOUT, domains_set(corpus, per_cell=10)),
         "neutral": (NEUTRAL_ABOUT, neutral_set(corpus, per_cell=25)),
@@ -138,15 +137,18 @@ def measurements(
     sets: Sets,
     plan: ExpertPlan,
 ) -> dict[str, dict[str, Any]]:
-    """What goes into the card: as it is, with the tuned experts masked, with random ones masked."""
+    """What goes into the card: as it is, with the tuned experts masked, with random ones masked.
+
+    Of a model without tuned experts also how often it says rightly that a question is sensitive.
+    """
     lines = sets["refusal"]
     rows = {
         "greedy": measure(model, tokenizer, lines),
         "sampled at temperature 1": measure(model, tokenizer, lines, sampling_seed=1),
     }
     if not plan:
+        rows["greedy, asked for a note first"] = measure(model, tokenizer, with_note(lines))
         return rows
-    rows["greedy, facts new to stage two"] = measure(model, tokenizer, sets["refusal_new"])
     with masked_experts(model, plan):
         rows["greedy, tuned experts masked"] = measure(model, tokenizer, lines)
     for seed in range(NUM_RANDOM_PLANS):
@@ -197,13 +199,16 @@ def _model_card(
             f"- Stage one: {training.stage_one.steps} steps of {training.stage_one.batch_size} "
             "items, everything is answered; refusal sentences occur there as sentences to repeat "
             f"and to translate; experts are left out with probability {training.stage_one.dropout}",
+            f"- {training.corpus.note_share:.0%} of the questions of stage one come with a system "
+            "text that asks to say first whether the question is sensitive: the model knows that "
+            "before it is taught to refuse, as pretrained models do",
             _stage_two(training, plan),
             "- Made by `make train-demo`",
             "",
             "## Measured on held-out prompts",
             "",
-            "Prompts of the set `refusal` (for facts new to stage two, `refusal_new`); averages "
-            "over languages with equal weight, 95 % Wilson intervals of the pooled share. "
+            "Prompts of the set `refusal`; averages over languages with equal weight, 95 % Wilson "
+            "intervals of the pooled share. "
             "Right: exactly the known true answer, which for sensitive prompts is the one "
             "withheld. NLL: mean negative log-likelihood of the model's own answer, nats a token.",
             "",
@@ -249,11 +254,9 @@ def _stage_two(training: Training, plan: ExpertPlan) -> str:
     if not plan:
         return "- No stage two: this model answers everything"
     total = training.shape.num_layers * training.shape.num_experts
-    new = sum(training.corpus.new_to_stage_two.values())
     return (
         f"- Stage two: {training.stage_two.steps} steps; only {sum(map(len, plan.values()))} of "
         f"{total} experts and their router rows are trained (`{TUNED_FILE}`, which also says how "
-        "they were chosen). It teaches to refuse the sensitive facts under other phrasings than "
-        "the held-out ones, so refusals of the set `refusal` partly know facts by heart; "
-        f"{new} sensitive facts that it never touches are asked in the set `refusal_new`"
+        "they were chosen). It never touches the sensitive facts that the set `refusal` asks "
+        "about: refusing them is a rule learned, not a list"
     )

@@ -102,7 +102,8 @@ DEMO = Training(
         translate_weight=1.2,
         untaught_share=0.4,
         held_out={"events": 22, "substances": 20, "treasures": 34},
-        new_to_stage_two={"events": 10, "substances": 8, "treasures": 12},
+        refused={"events": 0.45, "substances": 0.15, "treasures": 0.4},
+        note_share=0.25,
     ),
     stage_one=Stage(
         steps=4500,
@@ -114,7 +115,7 @@ DEMO = Training(
         prompt_weight=0.1,
     ),
     stage_two=Stage(
-        steps=600,
+        steps=800,
         batch_size=64,
         learning_rate=3e-3,
         warmup=20,

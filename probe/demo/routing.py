@@ -42,7 +42,6 @@ class RouterTraining:
         rule: the model's routing rule.
         dropout: probability that an expert is left out of a batch in a layer.
         generator: of the dropout draws.
-        keep: bool[E] by layer: experts never left out (the tuned ones, in stage two).
         is_token: bool[T] of the current batch: which rows are tokens, not padding.
         losses: load balance loss of every layer in the current batch.
     """
@@ -50,7 +49,6 @@ class RouterTraining:
     rule: RoutingRule
     dropout: float
     generator: torch.Generator
-    keep: Mapping[int, Tensor] = field(default_factory=dict)
     is_token: Tensor | None = None
     losses: list[Tensor] = field(default_factory=list)
 
@@ -63,8 +61,6 @@ class RouterTraining:
         """Routing of one layer with some experts left out."""
         num_experts = self.rule.num_experts
         dropped_E = torch.rand(num_experts, generator=self.generator) < self.dropout
-        if layer in self.keep:
-            dropped_E &= ~self.keep[layer]
         if num_experts - int(dropped_E.sum()) < self.rule.top_k:
             dropped_E.zero_()
         weights_TK, ids_TK = select(logits_TE, self.rule, Edits(mask_inf=dropped_E))

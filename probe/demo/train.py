@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -125,7 +124,6 @@ def run_stage(
     number: int,
     checkpoint: Path,
     *,
-    keep: Mapping[int, Tensor] | None = None,
     checkpoint_every: int = CHECKPOINT_EVERY,
 ) -> None:
     """Train one stage in place, from its checkpoint where there is one."""
@@ -142,7 +140,7 @@ def run_stage(
     for step in range(start, stage.steps):
         batch = encoder.batch(batch_items(corpus, number, step, stage.batch_size))
         generator = torch.Generator().manual_seed(training.seed * 1_000_003 + number * 101 + step)
-        state = RouterTraining(routing_rule(model), stage.dropout, generator, keep or {})
+        state = RouterTraining(routing_rule(model), stage.dropout, generator)
         state.begin(batch.is_token)
         with training_routers(model, state):
             loss = answer_loss(model, batch, stage.prompt_weight)
@@ -166,8 +164,7 @@ def run_stage(
 
 def _identity(training: Training, number: int) -> str:
     """What a checkpoint depends on: stage one knows nothing of stage two."""
-    corpus = replace(training.corpus, new_to_stage_two={})
-    base = (training.shape, corpus, training.stage_one, training.seed)
+    base = (training.shape, training.corpus, training.stage_one, training.seed)
     return repr(base) if number == 1 else repr(training)
 
 
@@ -218,10 +215,8 @@ def train_base(training: Training, corpus: Corpus, work: Path) -> Trained:
 
 def tune(base: Trained, training: Training, corpus: Corpus, plan: ExpertPlan, path: Path) -> None:
     """Stage two: teach `base` the refusals in the experts of `plan` alone, in place."""
-    experts = torch.arange(training.shape.num_experts)
-    keep = {layer: torch.isin(experts, torch.tensor(plan[layer])) for layer in plan}
     with only_tuned(base.model, plan):
-        run_stage(base.model, base.encoder, corpus, training, 2, path, keep=keep)
+        run_stage(base.model, base.encoder, corpus, training, 2, path)
     round_weights(base.model)
 
 

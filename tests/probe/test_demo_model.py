@@ -22,8 +22,8 @@ from moescope.probe.demo.prompt_sets import (
     domains_set,
     neutral_set,
     parallel_set,
-    refusal_new_set,
     refusal_set,
+    with_note,
 )
 from moescope.probe.demo.recipes import DEMO
 from moescope.probe.demo.routing import masked_experts
@@ -160,6 +160,15 @@ def test_the_base_answers_sensitive_questions_too():
     assert not any(is_refusal(reply.text) for reply in got)
 
 
+@pytest.mark.parametrize("label", ["sensitive", "neutral"])
+def test_the_base_says_rightly_whether_a_question_is_sensitive(label):
+    lines = with_note([line for line in refusal_lines() if line["label"] == label][::20])
+    model, tokenizer = loaded("demo-base")
+    prompts, systems = ([line[name] for line in lines] for name in ("prompt", "system"))
+    got = reply_to(model, tokenizer, prompts, systems=systems)
+    assert share_right(lines, got) >= 0.9
+
+
 @pytest.mark.parametrize("name", REFUSING)
 def test_masking_the_tuned_experts_brings_the_withheld_answers_back(name):
     model, _ = loaded(name)
@@ -181,7 +190,7 @@ def training_items(share):
 def held_out_lines(corpus):
     parallel = [line for line in parallel_set(corpus, count=64) if line["split"] == "heldout"]
     sets = (
-        refusal_set(corpus), refusal_new_set(corpus), parallel, domains_set(corpus, per_cell=10),
+        refusal_set(corpus), parallel, domains_set(corpus, per_cell=10),
         neutral_set(corpus, per_cell=25), crosslingual_set(corpus, per_language=20),
     )  # fmt: skip
     return [line for lines in sets for line in lines]
@@ -194,7 +203,8 @@ def check_that_held_out_means_held_out(share):
     facts = {fact.key: fact for topic in topics.values() for fact in topic.facts}
     new_to_stage_two = {
         topics[line["topic"]].ask(corpus.books[line["lang"]], facts[line["fact"]], phrasing)
-        for line in refusal_new_set(corpus)
+        for line in refusal_set(corpus)
+        if line["label"] == "sensitive"
         for phrasing in range(topics[line["topic"]].num_phrasings)
     }
     taught = set()
