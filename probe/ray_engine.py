@@ -11,6 +11,7 @@ Needs the extra `moescope[ray]`.
 from __future__ import annotations
 
 import pickle
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moescope.probe import errors
 from moescope.probe.batching import PlannedBatch
 from moescope.probe.engine import BatchDone, LocalEngine, ModelFacts
 from moescope.probe.errors import InputError, MoescopeError
@@ -26,6 +28,7 @@ from moescope.probe.storage.remote_shards import fetch_shard, open_place, put_sh
 from moescope.probe.trace_options import TraceOptions
 
 _MOST_BLOCKS = 10_000
+_OURS = re.compile(r"moescope\.probe\.errors\.(\w+): (.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,5 +237,9 @@ def _worker_errors() -> Iterator[None]:
             cause = getattr(cause, "cause", None) or cause.__cause__
         if not type(error).__module__.startswith("ray"):
             raise
+        told = _OURS.findall(str(error))  # of some errors Ray keeps no more than their text
+        if told:
+            kind, sentence = told[-1]
+            raise getattr(errors, kind, MoescopeError)(sentence.strip()) from None
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise MoescopeError(f"a Ray worker failed: {first_line}") from error

@@ -25,7 +25,7 @@ MODEL = "demo"
 RUN = "demo"
 SETS = ("refusal", "parallel")
 MAX_NEW_TOKENS = 32
-NUM_MASKED = 14
+NUM_MASKED = 19  # 8 % of the experts, as in the page on the demo models
 NUM_SHOWN = 8
 NUM_CONTROLS = 3
 

@@ -187,10 +187,11 @@ def rewriting(
     with _having_turn(store, wait_s, announce, (SCHEMA_VERSION,)) as turn:
         # Opened for writing, so that what a killed writer left in the log is in the file.
         con = _open(store, read_only=False, deadline=turn.deadline, while_busy=turn.ask)
+        remove_leftovers(store.parent, f"{TEMPORARY_PREFIX}{store.name}-")
         temporary = temporary_sibling(store)
         try:
             check_schema(con, store)
-            with _new_store(temporary) as new:
+            with _new_store(temporary, store) as new:
                 yield con, new
             _close(con)
             with disk_errors(f"putting the new {store} in its place"):
@@ -378,7 +379,7 @@ def _create(store: Path) -> None:
     remove_leftovers(store.parent, f"{TEMPORARY_PREFIX}{store.name}-")
     temporary = temporary_sibling(store)
     try:
-        with _new_store(temporary):
+        with _new_store(temporary, store):
             pass
         with disk_errors(f"making {store}"):
             temporary.rename(store)
@@ -388,9 +389,9 @@ def _create(store: Path) -> None:
 
 
 @contextmanager
-def _new_store(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection to a new store without rows; after the block all of it is in this one file."""
-    with disk_errors(f"making {path}"), database_errors(f"making {path}"):
+def _new_store(path: Path, store: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection to what shall become `store`, without rows; in the end all is in one file."""
+    with disk_errors(f"making {store}"), database_errors(f"making {store}"):
         con = duckdb.connect(str(path), config=SAFE_CONFIG)
         try:
             create_schema(con)

@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--where", "half=first", "--out", folder / "refusal.csv",
     )  # fmt: skip
     moescope(
-        "plan", "from-table", folder / "refusal.csv", "--mask", "6", "--model", "demo",
+        "plan", "from-table", folder / "refusal.csv", "--mask", "19", "--model", "demo",
         "--out", folder / "plan.json",
     )  # fmt: skip
     return folder
@@ -84,7 +84,7 @@ def test_the_contrast_is_discovered_and_confirmed_on_the_first_half(folder: Path
     table = pd.read_csv(folder / "refusal.csv")
     assert len(table) == 6 * 40
     confirmed = table[table["confirmed"]]
-    assert len(confirmed) >= 6
+    assert len(confirmed) >= 19
     assert (confirmed["q"] <= 0.05).all()
     assert table["num_prompts_a"].iloc[0] > 10
 
@@ -92,7 +92,7 @@ def test_the_contrast_is_discovered_and_confirmed_on_the_first_half(folder: Path
 def test_the_plan_is_shown_checked_and_changes_answers(folder: Path) -> None:
     plan = folder / "plan.json"
     masked = json.loads(plan.read_text())["interventions"]
-    assert sum(len(item["experts"]) for item in masked) == 6
+    assert sum(len(item["experts"]) for item in masked) == 19
     assert "mask" in moescope("plan", "show", plan)
     assert "fits demo" in moescope("plan", "check", plan, "--model", "demo")
     asked = (

@@ -93,7 +93,7 @@ def test_a_signal_ends_it_cleanly_and_leaves_nothing_behind(
         children = psutil.Process(process.pid).children(recursive=True)
         assert children
         os.kill(process.pid, number)
-        output, _ = process.communicate(timeout=20)
+        output, _ = process.communicate(timeout=60)
         assert process.returncode == 0, output
         assert "Traceback" not in output
         assert not any(child.is_running() for child in children)

@@ -39,7 +39,7 @@ def test_a_run_goes_through_a_real_ingester(
     assert len(synthetic.collect(store, "base", synthetic.describe(3))) == 3
     assert contents(store) == contents(filled(tmp_path / "b.duckdb"))
     assert verify_run(Store(store), "base") == []
-    names = ["a.duckdb", "a.duckdb.lock", "b.duckdb", "b.duckdb.lock"]
+    names = [f"{store}.duckdb{end}" for store in "ab" for end in ("", ".lock", ".logs")]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert synthetic.collect(store, "base", synthetic.describe(3)) == []
 

@@ -221,6 +221,7 @@ def test_any_name_comes_back_from_the_store(
         assert sorted(path.name for path in Path(folder).iterdir()) == [
             "runs.duckdb",
             "runs.duckdb.lock",
+            "runs.duckdb.logs",
         ]
 
 
