@@ -21,6 +21,7 @@ _PROMPT: Final = "prompt"
 _TOKEN: Final = "token"
 _COLOR: Final = "color"
 _EXPERT: Final = "token_expert"
+_STRIP_PICKS: Final = "_strip_picks"
 _MOST_LISTED: Final = 1_000
 _MOST_TOKENS: Final = 256
 _COLORS: Final = {
@@ -159,7 +160,7 @@ def _choose_token(tokens: pd.DataFrame) -> int:
             words=lambda position: f"{position}: {texts[position]!r}",
         )  # fmt: skip
     with above:
-        token_strip(strip, chosen=position, key="token_strip", on_pick=_pick)
+        token_strip(strip, chosen=position, key="token_strip", on_pick=_pick_in_strip)
     with color:
         choices.linked_choice("Color", list(_COLORS), key=_COLOR, words=lambda name: _COLORS[name])
     about.caption("Click a token above or a cell below; or choose a token here.")
@@ -168,6 +169,11 @@ def _choose_token(tokens: pd.DataFrame) -> int:
 
 def _pick(position: int) -> None:
     st.session_state[_TOKEN] = position
+
+
+def _pick_in_strip(position: int) -> None:
+    _pick(position)
+    st.session_state[_STRIP_PICKS] = st.session_state.get(_STRIP_PICKS, 0) + 1
 
 
 def _show_map(table: AnalysisTable, prompt_id: int, position: int, kind: str | None) -> None:
@@ -184,7 +190,9 @@ def _show_map(table: AnalysisTable, prompt_id: int, position: int, kind: str | N
 
     layout.show_clickable(
         figure,
-        key=f"prompt_map_{prompt_id}",
+        # A pick in the strip makes a new map: the old one still holds its last cell as selected,
+        # and a click there would depend on whether the browser has taken it back by then.
+        key=f"prompt_map_{prompt_id}_{st.session_state.get(_STRIP_PICKS, 0)}",
         alt=f"{table.title}: tokens by layers, {_COLORS[color]} as color",
         on_click=clicked,
     )

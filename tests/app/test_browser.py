@@ -115,8 +115,9 @@ def click_cell(page: Any, chart: int, across: tuple[float, int], down: tuple[flo
     settle(page)
 
 
-def figure_titles(page: Any) -> list[str]:
-    return [text.strip() for text in page.locator(".gtitle").all_text_contents()]
+def await_title(page: Any, place: int, words: str) -> None:
+    """Wait until the figure at `place` says `words` in its title."""
+    page.locator(".gtitle").nth(place).filter(has_text=words).wait_for(state="attached")
 
 
 def test_the_first_content_appears_soon_after_the_server_is_up(
@@ -167,14 +168,14 @@ def test_a_click_on_a_cell_or_a_token_shows_its_experts(open_page: Callable[...,
     tokens = page.locator(".strip button").count()
     for position, within in ((6, 0.5), (11, 0.06), (tokens - 1, 0.94)):
         click_cell(page, 0, (position + within, tokens), (1.5, 3))
-        assert f"at position {position} of prompt 4" in figure_titles(page)[1]
+        await_title(page, 1, f"at position {position} of prompt 4")
         assert f"token={position}" in page.url
     page.locator(".strip button").nth(3).click()
     settle(page)
-    assert "at position 3 of prompt 4" in figure_titles(page)[1]
+    await_title(page, 1, "at position 3 of prompt 4")
     # The browser takes a second click on the same point for a deselection; the reader does not.
     click_cell(page, 0, (tokens - 0.5, tokens), (1.5, 3))
-    assert f"at position {tokens - 1} of prompt 4" in figure_titles(page)[1]
+    await_title(page, 1, f"at position {tokens - 1} of prompt 4")
 
 
 def test_a_token_is_chosen_with_the_keyboard(open_page: Callable[..., Any]) -> None:
@@ -183,7 +184,7 @@ def test_a_token_is_chosen_with_the_keyboard(open_page: Callable[..., Any]) -> N
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     settle(page)
-    assert "at position 9 of prompt 4" in figure_titles(page)[1]
+    await_title(page, 1, "at position 9 of prompt 4")
     assert page.locator(".strip button[aria-pressed=true]").get_attribute("data-position") == "9"
 
 
