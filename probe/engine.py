@@ -20,6 +20,7 @@ from moescope.probe.recording import record
 from moescope.probe.rendering import RenderedPrompt
 from moescope.probe.routers import LayerInfo, RouterSite, find_routers, verify_routers
 from moescope.probe.storage.shards import shard_name, write_shard
+from moescope.probe.storage.slots import num_slots
 from moescope.probe.trace_options import TraceOptions
 
 
@@ -141,7 +142,7 @@ def _write(
         shard_id=shard_id,
         prompts=len(ids),
         tokens=written.files["tokens"].rows,
-        rows=written.files["routing"].rows,
+        rows=num_slots(tables["routing_arrays"]) if "routing_arrays" in tables else 0,
         size_bytes=sum(file.size_bytes for file in written.files.values()),
         parts=parts,
         pid=os.getpid(),

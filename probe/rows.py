@@ -60,7 +60,7 @@ def batch_tables(
     Args:
         batch: what was recorded.
         layers: the layers to keep.
-        level: `usage` leaves the table `routing` out, `probs` adds `router_probs`.
+        level: `usage` leaves the table `routing_arrays` out, `probs` adds `router_probs`.
         tokenizer: for the text of single tokens.
 
     Raises:
@@ -85,7 +85,7 @@ def batch_tables(
         "usage_arrays": pa.concat_tables(usage),
     }
     if routing:
-        tables["routing"] = pa.concat_tables(routing)
+        tables["routing_arrays"] = _by_token(routing)
     if probs:
         tables["router_probs"] = pa.concat_tables(probs)
     return tables
@@ -231,18 +231,23 @@ def _check_forwards(
 
 def _routing_table(info: LayerInfo, layer: RankedLayer, routed: _RoutedRows) -> pa.Table:
     num_tokens, top_k = layer.expert_ids.shape
-    num_slots = num_tokens * top_k
     return pa.table(
         {
-            "prompt_id": np.repeat(routed.prompt_id, top_k),
-            "position": np.repeat(routed.position, top_k),
-            "layer": np.full(num_slots, info.layer),
-            "kind": pa.repeat(pa.scalar(info.kind), num_slots),
-            "rank": np.tile(np.arange(top_k), num_tokens),
-            "expert": layer.expert_ids.reshape(-1),
-            "weight": layer.weights.reshape(-1),
+            "prompt_id": routed.prompt_id,
+            "position": routed.position,
+            "layer": np.full(num_tokens, info.layer),
+            "kind": pa.repeat(pa.scalar(info.kind), num_tokens),
+            "is_ranked": pa.repeat(pa.scalar(value=True), num_tokens),
+            "experts": lists_of(layer.expert_ids.astype(np.uint16).reshape(-1), top_k),
+            "weights": lists_of(layer.weights.reshape(-1), top_k),
         }
     )
+
+
+def _by_token(tables: Sequence[pa.Table]) -> pa.Table:
+    """The layers' rows, each with one per token, as token after token: smaller, and read so."""
+    order = np.arange(sum(len(table) for table in tables)).reshape(len(tables), -1).T.reshape(-1)
+    return pa.concat_tables(tables).take(pa.array(order))
 
 
 def _probs_table(info: LayerInfo, layer: RankedLayer, routed: _RoutedRows) -> pa.Table:

@@ -57,6 +57,7 @@ def describe_run(
         layers=[_layer_row(info) for info in model.layers],
         manifest=facts,
         identity=identity,
+        routing_in=options.routing_in,
         planned_shards={
             shard_name(batch.index): [rendered[i].prompt.prompt_id for i in batch.members]
             for batch in batches

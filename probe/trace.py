@@ -251,7 +251,7 @@ def _summary(
     """What the run holds now: after a resume the tally of this call is only a part of it."""
     counted = Store(store).query(
         "SELECT (SELECT count(*) FROM tokens WHERE run_id = $run) AS tokens, "
-        "(SELECT count(*) FROM routing WHERE run_id = $run) AS rows",
+        "(SELECT coalesce(sum(len(experts)), 0) FROM routing_arrays WHERE run_id = $run) AS rows",
         {"run": run},
     )
     return TraceSummary(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from moescope.probe.generation import GREEDY, Sampling
 from moescope.probe.recording import RecordLevel
 from moescope.probe.rendering import ChatTemplate
+from moescope.probe.storage.run_folder import RoutingPlace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class TraceOptions:
         system: a system message for all prompts.
         layers: decoder layers to keep; None keeps all routed ones.
         tokens_per_batch: padded tokens of a batch, answers included.
+        routing_in: `store`, or `shards` to leave routing in Parquet files that the store reads.
     """
 
     level: RecordLevel = "topk"
@@ -33,3 +35,4 @@ class TraceOptions:
     system: str | None = None
     layers: tuple[int, ...] | None = None
     tokens_per_batch: int = 4096
+    routing_in: RoutingPlace = "store"

@@ -36,6 +36,13 @@ class Switch(StrEnum):
     off = "off"
 
 
+class RoutingIn(StrEnum):
+    """Where the routing of single tokens is kept."""
+
+    store = "store"
+    shards = "shards"
+
+
 class EngineName(StrEnum):
     """Where batches run."""
 
@@ -65,6 +72,7 @@ class TraceArguments:
     limit: int | None = None
     skip_bad_lines: bool = False
     keep_shards: bool = False
+    routing_in: str = "store"
     trust_remote_code: bool = False
     engine: str = "local"
     workers: int = 1
@@ -126,6 +134,13 @@ def register(app: typer.Typer) -> None:
         keep_shards: Annotated[
             bool, typer.Option("--keep-shards", help="Keep the Parquet shards beside the store.")
         ] = False,
+        routing_in: Annotated[
+            RoutingIn,
+            typer.Option(
+                help="Put routing into the store, or leave it in Parquet shards beside it, which "
+                "the store reads in place."
+            ),
+        ] = RoutingIn.store,
         trust_remote_code: Annotated[
             bool, typer.Option("--trust-remote-code", help="Let the model's own code run.")
         ] = False,
@@ -159,6 +174,7 @@ def register(app: typer.Typer) -> None:
                 system=system, layers=layers, tokens_per_batch=tokens_per_batch, device=device,
                 dtype=dtype, device_map=device_map, limit=limit,
                 skip_bad_lines=skip_bad_lines, keep_shards=keep_shards,
+                routing_in=routing_in.value,
                 trust_remote_code=trust_remote_code, engine=engine.value, workers=workers,
                 gpus_per_worker=gpus_per_worker, cpus_per_worker=cpus_per_worker,
                 shards_at=shards_at, ray_address=ray_address,
@@ -192,6 +208,7 @@ def run_trace(arguments: TraceArguments) -> None:
         system=arguments.system,
         layers=layers,
         tokens_per_batch=arguments.tokens_per_batch,
+        routing_in=arguments.routing_in,  # type: ignore[arg-type]
     )
     hashes = {str(file.path.name): file.sha256 for file in files}
     skipped = [problem for file in files for problem in file.skipped]

@@ -16,10 +16,10 @@ from typing import Any, Final
 import duckdb
 
 from moescope.probe.errors import RunError, StoreError
-from moescope.probe.storage.copying import RUN_TABLES, SHARED_TABLES, copy_table
+from moescope.probe.storage.copying import OWN_TABLES, RUN_TABLES, SHARED_TABLES, copy_table
 from moescope.probe.storage.faults import database_errors
-from moescope.probe.storage.files import disk_errors, remove_folder
-from moescope.probe.storage.locks import Announce, reading, resolve_store, rewriting, writing
+from moescope.probe.storage.files import disk_errors, remove_folder, resolve_store
+from moescope.probe.storage.locks import Announce, reading, rewriting, writing
 from moescope.probe.storage.rows import transaction
 from moescope.probe.storage.run_folder import check_run_name, run_folder
 from moescope.probe.storage.run_log import run_log
@@ -58,7 +58,7 @@ def delete_run(
             writing(store, wait_s=_PATIENCE_S, announce=announce) as con,
             transaction(con),
         ):
-            for table in reversed(RUN_TABLES):
+            for table in (*OWN_TABLES, *reversed(RUN_TABLES)):
                 gone = con.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id]).fetchall()
                 rows += int(gone[0][0])
         with disk_errors(f"removing {folder.path}"):
@@ -93,7 +93,7 @@ def vacuum_store(path: str | os.PathLike[str], *, announce: Announce | None = No
         rewriting(store, wait_s=_PATIENCE_S, announce=announce) as (old, new),
     ):
         before = store.stat().st_size
-        for table in (*RUN_TABLES, *SHARED_TABLES):
+        for table in (*RUN_TABLES, *SHARED_TABLES, *OWN_TABLES):
             with transaction(new):
                 copy_table(old, new, table)
     return Vacuumed(before=before, after=store.stat().st_size)

@@ -88,36 +88,54 @@ USAGE: Final = """
 
 SLOTS: Final = """
     WITH slots AS (
-        SELECT prompt_id, position, layer, kind, count(*) AS slots,
-               list_unique(list(expert)) AS experts, max(expert) AS highest,
-               count(rank) AS ranked, max(rank) AS worst,
-               bit_count(bit_or(1::UBIGINT << least(rank, 63)::UBIGINT)) AS ranks
-        FROM routing WHERE run_id = $run GROUP BY prompt_id, position, layer, kind
+        SELECT prompt_id, position, layer, kind, len(experts) AS slots,
+               list_unique(experts) AS different, list_max(experts) AS highest,
+               coalesce(len(weights), len(bf16_weights), len(experts)) AS weights
+        FROM routing_arrays WHERE run_id = $run
     )
     SELECT prompt_id, layer,
-           CASE WHEN experts <> slots THEN
+           CASE WHEN different <> slots THEN
                format('prompt {}, token {}, layer {} ({}): an expert is repeated, '
                       || '{} slots have {} different experts',
-                      prompt_id, position, layer, kind, slots, experts)
+                      prompt_id, position, layer, kind, slots, different)
            WHEN highest >= num_experts THEN
                format('prompt {}, token {}, layer {} ({}): expert {} is recorded, the layer has {}',
                       prompt_id, position, layer, kind, highest, num_experts)
-           ELSE format('prompt {}, token {}, layer {} ({}): the ranks are not 0 to {} once each, '
-                       || '{} slots have {} different ranks up to {}',
-                       prompt_id, position, layer, kind, slots - 1, slots, ranks, worst)
+           ELSE format('prompt {}, token {}, layer {} ({}): {} slots have {} weights',
+                       prompt_id, position, layer, kind, slots, weights)
            END
     FROM slots JOIN layers USING (layer, kind)
-    WHERE run_id = $run AND (experts <> slots OR highest >= num_experts
-       OR (ranked > 0 AND (ranked <> slots OR worst <> slots - 1 OR ranks <> slots)))
+    WHERE run_id = $run AND (different <> slots OR highest >= num_experts OR weights <> slots)
 """
 
+# Token by token this takes long, so the prompts and layers to look at are found first: those whose
+# number of rows, of slots or sum of hashed positions is another than the routed tokens tell.
 SLOTS_OF_TOKENS: Final = """
-    WITH found AS (
-        SELECT prompt_id, position, layer, kind, count(*) AS slots
-        FROM routing WHERE run_id = $run GROUP BY prompt_id, position, layer, kind
+    WITH tokens_of AS (
+        SELECT prompt_id, count(*) AS rows, sum(hash(position)) AS places
+        FROM tokens WHERE run_id = $run AND is_routed GROUP BY prompt_id
+    ), rows_of AS (
+        SELECT prompt_id, layer, kind, count(*) AS rows, sum(hash(position)) AS places,
+               min(len(experts)) AS fewest, max(len(experts)) AS most
+        FROM routing_arrays WHERE run_id = $run GROUP BY prompt_id, layer, kind
+    ), expected_of AS (
+        SELECT t.*, l.layer, l.kind, l.top_k
+        FROM tokens_of t CROSS JOIN layers l WHERE l.run_id = $run
+    ), suspects AS (
+        SELECT coalesce(e.prompt_id, r.prompt_id) AS prompt_id, coalesce(e.layer, r.layer) AS layer,
+               coalesce(e.kind, r.kind) AS kind
+        FROM expected_of e FULL JOIN rows_of r
+          ON e.prompt_id = r.prompt_id AND e.layer = r.layer AND e.kind = r.kind
+        WHERE e.prompt_id IS NULL OR r.prompt_id IS NULL OR e.rows <> r.rows
+           OR e.places <> r.places OR r.fewest <> e.top_k OR r.most <> e.top_k
+    ), found AS (
+        SELECT prompt_id, position, layer, kind, count(*) AS rows, sum(len(experts)) AS slots
+        FROM routing_arrays SEMI JOIN suspects USING (prompt_id, layer, kind)
+        WHERE run_id = $run GROUP BY prompt_id, position, layer, kind
     ), expected AS (
         SELECT t.prompt_id, t.position, l.layer, l.kind, l.top_k
-        FROM tokens t CROSS JOIN layers l
+        FROM tokens t JOIN suspects s ON t.prompt_id = s.prompt_id
+        JOIN layers l ON l.layer = s.layer AND l.kind = s.kind
         WHERE t.run_id = $run AND l.run_id = $run AND t.is_routed
     )
     SELECT coalesce(e.prompt_id, f.prompt_id), coalesce(e.layer, f.layer),
@@ -125,19 +143,24 @@ SLOTS_OF_TOKENS: Final = """
                format('routing has {} slots for prompt {}, token {}, layer {} ({}), '
                       || 'which is no routed token in a layer of this run',
                       f.slots, f.prompt_id, f.position, f.layer, f.kind)
+           WHEN f.rows > 1 THEN
+               format('prompt {}, token {}, layer {} ({}): recorded {} times',
+                      e.prompt_id, e.position, e.layer, e.kind, f.rows)
            ELSE format('prompt {}, token {}, layer {} ({}): {} slots are recorded, top-k is {}',
                        e.prompt_id, e.position, e.layer, e.kind, coalesce(f.slots, 0), e.top_k)
            END
     FROM expected e FULL JOIN found f
       ON e.prompt_id = f.prompt_id AND e.position = f.position
      AND e.layer = f.layer AND e.kind = f.kind
-    WHERE e.prompt_id IS NULL OR coalesce(f.slots, 0) <> e.top_k
+    WHERE e.prompt_id IS NULL OR f.rows > 1 OR coalesce(f.slots, 0) <> e.top_k
 """
 
 USAGE_BY_EXPERT: Final = """
     WITH counted AS (
         SELECT prompt_id, layer, kind, expert, count(*) AS slots
-        FROM routing WHERE run_id = $run GROUP BY prompt_id, layer, kind, expert
+        FROM (SELECT prompt_id, layer, kind, unnest(experts) AS expert
+              FROM routing_arrays WHERE run_id = $run)
+        GROUP BY prompt_id, layer, kind, expert
     ), used AS (
         SELECT prompt_id, layer, kind, expert, sum(num_tokens) AS slots
         FROM usage WHERE run_id = $run
@@ -246,11 +269,19 @@ PROBS: Final = """
 WEIGHT_ORDER: Final = """
     WITH ordered AS (
         SELECT unnest($layers) AS layer, unnest($kinds) AS kind
+    ), suspects AS (
+        -- The bits of numbers that are not negative have the order of the numbers.
+        SELECT DISTINCT prompt_id, position, layer, kind
+        FROM routing_arrays JOIN ordered USING (layer, kind)
+        WHERE run_id = $run AND is_ranked
+          AND (list_reverse_sort(weights) <> weights
+               OR list_reverse_sort(bf16_weights) <> bf16_weights)
     ), pairs AS (
         SELECT prompt_id, position, layer, kind, rank, weight,
                lag(weight) OVER (PARTITION BY prompt_id, position, layer, kind ORDER BY rank)
                    AS better
-        FROM routing JOIN ordered USING (layer, kind) WHERE run_id = $run AND rank IS NOT NULL
+        FROM routing SEMI JOIN suspects USING (prompt_id, position, layer, kind)
+        WHERE run_id = $run
     )
     SELECT prompt_id, layer,
            format('prompt {}, token {}, layer {} ({}): rank {} has weight {:.6g}, '

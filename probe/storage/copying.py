@@ -13,14 +13,16 @@ import duckdb
 import pyarrow as pa
 
 from moescope.probe.errors import StoreError
+from moescope.probe.storage.in_shards import REGISTER, STAYING_TABLES, is_in_shards
 from moescope.probe.storage.rows import insert_rows
+from moescope.probe.storage.slots import as_stored
 
 RUN_TABLES: Final = (
     "runs",
     "layers",
     "prompts",
     "tokens",
-    "routing",
+    "routing_arrays",
     "usage_arrays",
     "router_probs",
     "ingested_shards",
@@ -29,6 +31,9 @@ RUN_TABLES: Final = (
 
 SHARED_TABLES: Final = ("plans", "evaluations", "measurements")
 """Tables whose rows belong to the store."""
+
+OWN_TABLES: Final = (REGISTER,)
+"""Tables about the store's own files: they go with the file and are not merged into another."""
 
 _ROWS_AT_ONCE: Final = 2_000_000
 
@@ -62,12 +67,15 @@ def copy_table(
     """
     require_table(source, table)
     where, params = _condition(run_id, among)
+    shown = table in STAYING_TABLES and run_id is not None and is_in_shards(source, run_id)
     named = run_id is not None and new_run_id not in (None, run_id)
     columns = "* EXCLUDE (run_id)" if named else "*"
     result = source.sql(f'SELECT {columns} FROM main."{table}" {where}', params=params)
     rows = 0
     for batch in result.to_arrow_reader(_ROWS_AT_ONCE):
         piece = pa.Table.from_batches([batch])
+        if shown and table == "routing_arrays":
+            piece = as_stored(piece.drop_columns(["bf16_weights"]))
         insert_rows(target, table, piece, run_id=new_run_id if named else None, conflict=conflict)
         rows += piece.num_rows
     return rows

@@ -13,6 +13,7 @@ from moescope.probe.errors import MoescopeError, StoreError
 
 _HOLDER = re.compile(r"Conflicting lock is held in (.+?) \(PID (\d+)\)")
 _BROKEN = (duckdb.IOException, duckdb.FatalException, duckdb.InternalException)
+_MISSING_SHARDS = "put the folder back beside the store"
 _NO_SPACE = ("No space left", "File too large", "quota exceeded")
 
 
@@ -68,11 +69,13 @@ def database_errors(doing: str) -> Iterator[None]:
         ) from error
     except duckdb.Error as error:
         first_line = str(error).splitlines()[0]
+        if _MISSING_SHARDS in first_line:
+            raise StoreError(first_line.removeprefix("Invalid Input Error: ")) from error
         if any(words in first_line for words in _NO_SPACE):
             raise MoescopeError(
                 f"the disk is full while {doing}; what was there before is kept, make room and "
                 f"start the same command again ({first_line})"
             ) from error
-        if isinstance(error, _BROKEN):
+        if isinstance(error, _BROKEN) or type(error) is duckdb.Error:  # the latter: Parquet
             raise MoescopeError(f"DuckDB failed while {doing}: {first_line}") from error
         raise

@@ -97,6 +97,11 @@ def remove_leftovers(folder: Path, prefix: str) -> int:
     return len(leftovers)
 
 
+def resolve_store(path: str | os.PathLike[str]) -> Path:
+    """The one spelling of a store's path under which this process may open it."""
+    return Path(os.path.realpath(path))
+
+
 @contextmanager
 def disk_errors(doing: str) -> Iterator[None]:
     """Turn a full disk and other failures to write into one sentence.

@@ -45,10 +45,12 @@ from moescope.probe.storage.files import (
     disk_errors,
     remove_folder,
     remove_leftovers,
+    resolve_store,
     write_json,
 )
+from moescope.probe.storage.in_shards import REGISTER, STAYING_TABLES
 from moescope.probe.storage.ingester import STATUS_FILE, IngesterProcess, start_ingester
-from moescope.probe.storage.locks import reading, resolve_store, writing
+from moescope.probe.storage.locks import reading, writing
 from moescope.probe.storage.rows import insert_rows, transaction
 from moescope.probe.storage.run_folder import RunFolder
 from moescope.probe.storage.run_log import run_log
@@ -58,6 +60,7 @@ from moescope.probe.storage.shards import (
     read_shard,
     remove_shard,
 )
+from moescope.probe.storage.slots import as_stored
 from moescope.probe.storage.verify import find_problems
 
 INGESTER_LOCK: Final = "ingester.lock"
@@ -89,9 +92,10 @@ class Ingester:
     ) -> None:
         self._store = store
         self._folder = folder
-        self._keep_shards = keep_shards
         self._wait_s = wait_s
         self.run_id, self._created_at, self._description = folder.read()
+        self._stays_in_shards = self._description.routing_in == "shards"
+        self._keep_shards = keep_shards or self._stays_in_shards
         self._log = run_log(store, self.run_id)
         self._ingested: set[str] = set()
         self._is_complete = False
@@ -206,6 +210,8 @@ class Ingester:
                 ).fetchall()
                 for layer in description.layers:
                     _insert_layer(con, self.run_id, layer)
+                if self._stays_in_shards:
+                    con.execute(f"INSERT INTO {REGISTER} VALUES (?)", [self.run_id]).fetchall()
             elif json.loads(row[0]).get("identity") != manifest["identity"]:
                 raise RunError(
                     f"{self._store} has another run {self.run_id!r} already, "
@@ -228,8 +234,10 @@ class Ingester:
                 [self.run_id, manifest.shard_id, manifest.checksum],
             ).fetchall()
             for name, rows in tables.items():
-                if rows.num_rows:
-                    insert_rows(con, name, rows, run_id=self.run_id)
+                if not rows.num_rows or (self._stays_in_shards and name in STAYING_TABLES):
+                    continue
+                stored = as_stored(rows) if name == "routing_arrays" else rows
+                insert_rows(con, name, stored, run_id=self.run_id)
 
     def _check_planned(self, manifest: ShardManifest) -> None:
         planned = self._description.planned_shards.get(manifest.shard_id)
@@ -257,12 +265,13 @@ class Ingester:
             reading(self._store, wait_s=self._wait_s) as con,
         ):
             problems = find_problems(con, self.run_id)
+            weights = _weights_kept_as(con, self.run_id)
         status = "failed" if problems else "complete"
         with (
             database_errors(f"completing run {self.run_id!r} in {self._store}"),
             writing(self._store, wait_s=self._wait_s, announce=self._announce) as con,
         ):
-            facts = json.dumps(self._folder.facts(), ensure_ascii=False)
+            facts = json.dumps({**self._folder.facts(), **weights}, ensure_ascii=False)
             con.execute(
                 "UPDATE runs SET status = ?, finished_at = ?, num_tokens ="
                 " (SELECT count(*) FROM tokens WHERE run_id = ?),"
@@ -301,6 +310,15 @@ class Ingester:
                 },
                 durable=False,
             )
+
+
+def _weights_kept_as(con: duckdb.DuckDBPyConnection, run_id: str) -> dict[str, Any]:
+    """How many rows of arrays keep their weights in which form, for the manifest."""
+    rows = con.execute(
+        "SELECT count(weights), count(bf16_weights) FROM routing_arrays WHERE run_id = ?", [run_id]
+    ).fetchall()
+    kept = dict(zip(("float32", "bf16"), rows[0], strict=True))
+    return {"weights_kept_as": {form: number for form, number in kept.items() if number}}
 
 
 def _insert_layer(con: duckdb.DuckDBPyConnection, run_id: str, layer: Any) -> None:

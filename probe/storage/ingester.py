@@ -27,8 +27,7 @@ from typing import Final
 
 from moescope.probe import errors
 from moescope.probe.errors import MoescopeError
-from moescope.probe.storage.files import disk_errors
-from moescope.probe.storage.locks import resolve_store
+from moescope.probe.storage.files import disk_errors, resolve_store
 from moescope.probe.storage.run_folder import RunFolder
 
 LOG_FILE: Final = "ingester.log"

@@ -46,22 +46,23 @@ from moescope.probe.storage.files import (
     TEMPORARY_PREFIX,
     disk_errors,
     remove_leftovers,
+    resolve_store,
     sync_directory,
     temporary_sibling,
 )
+from moescope.probe.storage.in_shards import show_runs_in_shards
 from moescope.probe.storage.rows import insert_rows
+from moescope.probe.storage.run_folder import shards_beside
 from moescope.probe.storage.schema import SCHEMA_VERSION, check_schema, create_schema
 
 Announce = Callable[[str], None]
 """Told in one sentence what a writer waits for."""
 
-SAFE_CONFIG: Final[dict[str, str | bool | int | float | list[str]]] = {
-    "enable_external_access": "false",
+_CONFIG: Final[dict[str, str | bool | int | float | list[str]]] = {
     "autoload_known_extensions": "false",
     "autoinstall_known_extensions": "false",
-    "lock_configuration": "true",
 }
-"""For every connection: a view in somebody else's store could otherwise read any file here."""
+
 
 APPENDABLE: Final = ("plans", "evaluations", "measurements")
 
@@ -73,11 +74,6 @@ _STEP_BACK_S: Final = 1.0
 _ANNOUNCE_AFTER_S: Final = 0.5
 _ANNOUNCE_EVERY_S: Final = 10.0
 _OPEN_OR_CLOSE = threading.Lock()
-
-
-def resolve_store(path: str | os.PathLike[str]) -> Path:
-    """The one spelling of a store's path under which this process may open it."""
-    return Path(os.path.realpath(path))
 
 
 def lock_path(path: str | os.PathLike[str]) -> Path:
@@ -92,6 +88,7 @@ def reading(
     *,
     wait_s: float = 30.0,
     versions: Sequence[int] = (SCHEMA_VERSION,),
+    with_shards: bool = True,
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """A read-only connection to a store, for one piece of work.
 
@@ -102,6 +99,7 @@ def reading(
         path: the store.
         wait_s: how long to wait for a writer, in seconds.
         versions: schema versions that are welcome.
+        with_shards: show the routing of runs that stays in shards; else only what is in the file.
 
     Yields:
         A connection of this thread's own.
@@ -115,7 +113,8 @@ def reading(
     _let_writer_in(store, deadline)
     con = _open(store, read_only=True, deadline=deadline, while_busy=lambda holder: None)
     try:
-        check_schema(con, store, versions)
+        if check_schema(con, store, versions) == SCHEMA_VERSION and with_shards:
+            show_runs_in_shards(con, store)
         yield con
     finally:
         _close(con)
@@ -356,7 +355,7 @@ def _open(
             raise missing_store(store)
         try:
             with _OPEN_OR_CLOSE:
-                return duckdb.connect(str(store), read_only=read_only, config=SAFE_CONFIG)
+                return _connect(store, read_only=read_only, shards=shards_beside(store))
         except duckdb.Error as error:
             holder = busy_with(error)
             if holder is None:
@@ -364,6 +363,27 @@ def _open(
         while_busy(holder)
         _pause_until(pause, deadline, store, holder)
     raise AssertionError("the pauses never end")
+
+
+def _connect(store: Path, *, read_only: bool, shards: Path) -> duckdb.DuckDBPyConnection:
+    """Open a store so that nothing in it can reach further than its own folder of shards.
+
+    A view in somebody else's store could otherwise read any file of this machine. DuckDB takes the
+    allowed folder only from an open connection, and nothing after the lock; connections of one
+    process to one file share all this.
+    """
+    con = duckdb.connect(str(store), read_only=read_only, config=_CONFIG)
+    try:
+        locked = con.execute("SELECT current_setting('lock_configuration')").fetchall()
+        if locked == [(False,)]:
+            folder = str(shards).replace("'", "''")
+            con.execute(f"SET allowed_directories = ['{folder}']").fetchall()
+            con.execute("SET enable_external_access = false").fetchall()
+            con.execute("SET lock_configuration = true").fetchall()
+    except BaseException:
+        con.close()
+        raise
+    return con
 
 
 def _close(con: duckdb.DuckDBPyConnection) -> None:
@@ -392,7 +412,7 @@ def _create(store: Path) -> None:
 def _new_store(path: Path, store: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection to what shall become `store`, without rows; in the end all is in one file."""
     with disk_errors(f"making {store}"), database_errors(f"making {store}"):
-        con = duckdb.connect(str(path), config=SAFE_CONFIG)
+        con = _connect(path, read_only=False, shards=shards_beside(path))
         try:
             create_schema(con)
             yield con

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,14 +25,21 @@ from moescope.probe.storage.files import (
     disk_errors,
     remove_folder,
     remove_leftovers,
+    resolve_store,
 )
+from moescope.probe.storage.in_shards import is_in_shards
 from moescope.probe.storage.ingest import main as ingest
-from moescope.probe.storage.locks import Announce, reading, resolve_store, writing
+from moescope.probe.storage.locks import Announce, reading, writing
 from moescope.probe.storage.rows import transaction
-from moescope.probe.storage.run_folder import RunFolder
+from moescope.probe.storage.run_folder import (
+    RunDescription,
+    RunFolder,
+    run_folder,
+    shards_beside,
+)
 from moescope.probe.storage.runs import claim_run
 from moescope.probe.storage.shards import finished_shards, read_shard, remove_shard
-from moescope.probe.storage.verify import find_problems
+from moescope.probe.storage.verify import damaged_shards, find_problems
 
 _PROMPT_TABLES: Final = tuple(
     name for name in RUN_TABLES if name not in ("runs", "layers", "ingested_shards")
@@ -66,11 +73,21 @@ def repair_store(
     with reading(store):
         pass
     done = [*_mend_folders(store, dry_run)]
-    with database_errors(f"looking for contradictions in {store}"), reading(store) as con:
-        orphans = _orphans(con)
-        contradicting = _contradicting(con)
+    with database_errors(f"looking for rows of no run in {store}"):
+        with reading(store, with_shards=False) as con:
+            orphans = _orphans(con)
+        with reading(store) as con:
+            contradicting = _contradicting(con, store)
+            in_shards = [
+                run_id
+                for run_id, (prompts, _) in contradicting.items()
+                if prompts and is_in_shards(con, run_id)
+            ]
     for table, rows in orphans.items():
         done.append(f"{table}: {rows:,} rows that belong to no run removed")
+    for run_id in in_shards:
+        prompts, reason = contradicting.pop(run_id)
+        done.append(_mend_run_in_shards(store, run_id, prompts, reason, dry_run))
     for run_id, (prompts, reason) in contradicting.items():
         done.append(
             f"run {run_id!r}: {len(prompts)} prompts with contradicting rows removed ({reason})"
@@ -94,7 +111,7 @@ def repair_store(
 
 def _mend_folders(store: Path, dry_run: bool) -> Iterator[str]:
     """What collections left beside the store."""
-    beside = store.with_name(f"{store.name}.shards")
+    beside = shards_beside(store)
     if not beside.is_dir():
         return
     for path in sorted(entry for entry in beside.iterdir() if entry.is_dir()):
@@ -113,17 +130,20 @@ def _mend_folders(store: Path, dry_run: bool) -> Iterator[str]:
 def _mend_folder(store: Path, folder: RunFolder, dry_run: bool) -> Iterator[str]:
     """Remove damaged shards of a run folder, then ingest the whole ones."""
     try:
-        name = folder.read()[0]
+        name, _, description = folder.read()
         with claim_run(folder, name):
             damaged = [
                 shard for shard in finished_shards(folder.path) if _is_damaged(folder, shard)
             ]
             for shard_id in damaged:
                 yield f"run {name!r}: damaged {shard_id} removed; its command records it anew"
-                if not dry_run:
-                    with disk_errors(f"removing {shard_id} of {folder.path}"):
+            if damaged and not dry_run:
+                if description.routing_in == "shards":
+                    _forget_shards(store, name, description, damaged)
+                with disk_errors(f"removing shards of {folder.path}"):
+                    folder.reopen()
+                    for shard_id in damaged:
                         remove_shard(folder.path, shard_id)
-                        folder.reopen()
             whole = sorted(set(finished_shards(folder.path)) - set(damaged))
             if not dry_run:
                 remove_leftovers(folder.path, TEMPORARY_PREFIX)
@@ -134,6 +154,55 @@ def _mend_folder(store: Path, folder: RunFolder, dry_run: bool) -> Iterator[str]
         yield f"run {name!r}: {len(whole)} whole shards ingested"
         if not dry_run and ingest([str(store), str(folder.path)]) != 0:
             raise MoescopeError(f"the shards in {folder.path} could not be ingested")
+
+
+def _mend_run_in_shards(
+    store: Path, run_id: str, prompts: list[int], reason: str, dry_run: bool
+) -> str:
+    """Remove the shards with these prompts: single prompts cannot be taken out of one."""
+    folder = run_folder(store, run_id)
+    description = folder.read()[2]
+    shards = [
+        shard
+        for shard, ids in description.planned_shards.items()
+        if not set(ids).isdisjoint(prompts)
+    ]
+    if not dry_run:
+        with claim_run(folder, run_id), disk_errors(f"removing shards of {folder.path}"):
+            _forget_shards(store, run_id, description, shards)
+            folder.reopen()
+            for shard_id in shards:
+                remove_shard(folder.path, shard_id)
+    return (
+        f"run {run_id!r}: {len(shards)} shards with contradicting rows removed ({reason}); its "
+        "command records them anew"
+    )
+
+
+def _forget_shards(
+    store: Path, run_id: str, description: RunDescription, shard_ids: Sequence[str]
+) -> None:
+    """Take the prompts of shards out of the store; the run's own command records them anew."""
+    prompts = [prompt for shard in shard_ids for prompt in description.planned_shards[shard]]
+    with (
+        database_errors(f"taking damaged shards of run {run_id!r} out of {store}"),
+        writing(store, wait_s=_PATIENCE_S) as con,
+        transaction(con),
+    ):
+        _delete_prompts(con, run_id, prompts)
+        con.execute(
+            "DELETE FROM ingested_shards WHERE run_id = ? AND list_contains(?, shard_id)",
+            [run_id, list(shard_ids)],
+        ).fetchall()
+        con.execute("UPDATE runs SET status = 'running' WHERE run_id = ?", [run_id]).fetchall()
+
+
+def _delete_prompts(con: duckdb.DuckDBPyConnection, run_id: str, prompts: list[int]) -> None:
+    for table in _PROMPT_TABLES:
+        con.execute(
+            f"DELETE FROM {table} WHERE run_id = ? AND list_contains(?, prompt_id)",
+            [run_id, prompts],
+        ).fetchall()
 
 
 def _is_damaged(folder: RunFolder, shard_id: str) -> bool:
@@ -156,11 +225,13 @@ def _orphans(con: duckdb.DuckDBPyConnection) -> dict[str, int]:
     return found
 
 
-def _contradicting(con: duckdb.DuckDBPyConnection) -> dict[str, tuple[list[int], str]]:
+def _contradicting(con: duckdb.DuckDBPyConnection, store: Path) -> dict[str, tuple[list[int], str]]:
     """By run: the prompts to remove, and the first contradiction."""
     found: dict[str, tuple[list[int], str]] = {}
     runs = con.execute("SELECT run_id FROM runs WHERE status <> 'running'").fetchall()
     for (run_id,) in runs:
+        if any(damaged_shards(con, store, run_id)):  # said already, and not to be read
+            continue
         problems = find_problems(con, run_id, per_check=None)
         counted = con.execute(
             "SELECT num_tokens IS DISTINCT FROM (SELECT count(*) FROM tokens t WHERE "
@@ -179,11 +250,7 @@ def _drop_prompts(
     con: duckdb.DuckDBPyConnection, run_id: str, prompts: list[int], reason: str
 ) -> None:
     """Remove prompts wholly, set the counts right, and leave word of it in the manifest."""
-    for table in _PROMPT_TABLES:
-        con.execute(
-            f"DELETE FROM {table} WHERE run_id = ? AND list_contains(?, prompt_id)",
-            [run_id, prompts],
-        ).fetchall()
+    _delete_prompts(con, run_id, prompts)
     rows = con.execute("SELECT manifest FROM runs WHERE run_id = ?", [run_id]).fetchall()
     manifest = json.loads(rows[0][0])
     manifest.setdefault("repairs", []).append(

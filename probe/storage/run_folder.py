@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from moescope.probe.errors import RunError
-from moescope.probe.storage.files import disk_errors, write_json
-from moescope.probe.storage.locks import resolve_store
+from moescope.probe.storage.files import disk_errors, resolve_store, write_json
 from moescope.probe.storage.shards import check_shard_id
+
+RoutingPlace = Literal["store", "shards"]
 
 LAYER_FIELDS: Final = (
     "layer",
@@ -54,6 +55,7 @@ class RunDescription:
         planned_shards: shard id -> the prompts in it; every prompt of the run exactly once.
         source: `recorded` or `import:FORMAT`.
         plan_id: the steering plan in force, if any.
+        routing_in: `store`, or `shards` when routing stays in the Parquet shards.
     """
 
     model: str
@@ -66,6 +68,7 @@ class RunDescription:
     planned_shards: Mapping[str, Sequence[int]]
     source: str = "recorded"
     plan_id: str | None = None
+    routing_in: RoutingPlace = "store"
 
     def __post_init__(self) -> None:
         """Refuse plans and layers that could not be stored."""
@@ -115,6 +118,7 @@ class RunDescription:
             "planned_shards": {name: list(ids) for name, ids in self.planned_shards.items()},
             "source": self.source,
             "plan_id": self.plan_id,
+            "routing_in": self.routing_in,
         }
         plain: dict[str, Any] = _plain(data)
         return plain
@@ -205,10 +209,15 @@ def check_run_name(name: str) -> None:
 def run_folder(store_path: str | os.PathLike[str], run_name: str) -> RunFolder:
     """Where a run's shards lie; the folder need not exist."""
     check_run_name(run_name)
-    store = resolve_store(store_path)
     hint = re.sub(r"[^a-z0-9]+", "-", run_name.lower())[:40].strip("-") or "run"
     digest = hashlib.sha256(run_name.encode()).hexdigest()[:12]
-    return RunFolder(store.with_name(f"{store.name}.shards") / f"{hint}-{digest}")
+    return RunFolder(shards_beside(store_path) / f"{hint}-{digest}")
+
+
+def shards_beside(store_path: str | os.PathLike[str]) -> Path:
+    """The folder with the run folders of a store."""
+    store = resolve_store(store_path)
+    return store.with_name(f"{store.name}.shards")
 
 
 def _plain(value: Any) -> Any:

@@ -30,8 +30,9 @@ from moescope.probe.storage.files import (
     disk_errors,
     remove_folder,
     remove_leftovers,
+    resolve_store,
 )
-from moescope.probe.storage.locks import reading, resolve_store
+from moescope.probe.storage.locks import reading
 from moescope.probe.storage.run_folder import (
     RunDescription,
     RunFolder,

@@ -1,7 +1,8 @@
 """The tables of a store: creating them, recognizing them, and the Arrow form of a shard's rows.
 
 `schema.sql` beside this module is the definition; `SHARD_TABLES` repeats the five tables that
-collectors fill, without `run_id`, which the ingester adds. A test holds the two together.
+collectors fill, without `run_id` and `bf16_weights`, which the ingester adds. A test holds the two
+together.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import pyarrow as pa
 
 from moescope.probe.errors import RecordingError, StoreError
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 """The version this code reads and writes; stored in `moescope_schema`."""
 
-MIGRATES_FROM: Final = (1,)
+MIGRATES_FROM: Final = (1, 2)
 """Older versions that `migrate_store` brings up to date."""
 
 
@@ -62,15 +63,15 @@ SHARD_TABLES: Final[Mapping[str, pa.Schema]] = {
             _required("is_routed", pa.bool_()),
         ]
     ),
-    "routing": pa.schema(
+    "routing_arrays": pa.schema(
         [
             _required("prompt_id", pa.int32()),
             _required("position", pa.int32()),
             _required("layer", pa.int16()),
             _required("kind", pa.string()),
-            pa.field("rank", pa.uint8()),
-            _required("expert", pa.uint16()),
-            pa.field("weight", pa.float32()),
+            _required("is_ranked", pa.bool_()),
+            _required("experts", pa.list_(pa.uint16())),
+            pa.field("weights", pa.list_(pa.float32())),
         ]
     ),
     "usage_arrays": pa.schema(
@@ -109,6 +110,12 @@ def schema_sql() -> str:
     return Path(__file__).with_name("schema.sql").read_text(encoding="utf-8")
 
 
+def schema_statement(start: str) -> str:
+    """The statement of `schema.sql` that begins so."""
+    begin = schema_sql().index(start)
+    return schema_sql()[begin : schema_sql().index(";\n", begin)]
+
+
 def create_schema(con: duckdb.DuckDBPyConnection) -> None:
     """Make all tables of a store in an empty database, in one transaction."""
     con.execute(f"BEGIN;\n{schema_sql()}\nCOMMIT;").fetchall()
@@ -116,8 +123,8 @@ def create_schema(con: duckdb.DuckDBPyConnection) -> None:
 
 def check_schema(
     con: duckdb.DuckDBPyConnection, path: Path, versions: Sequence[int] = (SCHEMA_VERSION,)
-) -> None:
-    """Refuse a database that is not a store of one of these versions.
+) -> int:
+    """The version of a store; refuse a database that is not a store of one of these.
 
     Raises:
         StoreError: names the file, what it is, and what to do.
@@ -131,7 +138,7 @@ def check_schema(
         ) from error
     found_versions = [row[0] for row in rows]
     if len(found_versions) == 1 and found_versions[0] in versions:
-        return
+        return int(found_versions[0])
     found = ", ".join(str(version) for version in found_versions) or "no version at all"
     if len(found_versions) == 1 and found_versions[0] in MIGRATES_FROM:
         advice = f"`moescope store migrate --store {path}` brings it up to date, keeping its runs"

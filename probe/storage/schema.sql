@@ -1,4 +1,4 @@
--- The store, version 2. Names and columns are a contract with users and other programs.
+-- The store, version 3. Names and columns are a contract with users and other programs.
 -- Statements are separated by semicolons at the end of a line.
 
 CREATE TABLE moescope_schema (version INTEGER NOT NULL);
@@ -67,16 +67,38 @@ CREATE TABLE tokens (
     is_routed BOOLEAN NOT NULL        -- the last generated token never passes the model
 );
 
-CREATE TABLE routing (
+-- One row per routed token and router, experts and weights in order of rank.
+CREATE TABLE routing_arrays (
     run_id TEXT NOT NULL,
     prompt_id INTEGER NOT NULL,
     position INTEGER NOT NULL,
     layer SMALLINT NOT NULL,
     kind TEXT NOT NULL,
-    rank UTINYINT,                    -- 0 = highest selection score
-    expert USMALLINT NOT NULL,
-    weight FLOAT                      -- what multiplied the expert's output
+    is_ranked BOOLEAN NOT NULL,       -- whether the order is that of rank
+    experts USMALLINT[] NOT NULL,
+    weights FLOAT[],                  -- what multiplied the experts' outputs; null where unknown
+    bf16_weights USMALLINT[]          -- instead of them where all are exact in bfloat16: its bits
 );
+
+CREATE VIEW routing AS
+SELECT run_id, prompt_id, position, layer, kind,
+       CASE WHEN is_ranked THEN place END::UTINYINT AS rank,  -- 0 = highest selection score
+       expert,
+       CASE WHEN bits IS NULL THEN weight
+            ELSE CASE WHEN bits >= 32768 THEN -1 ELSE 1 END
+                 * CASE WHEN (bits >> 7) & 255 = 0 THEN (bits & 127) * pow(2.0, -133)
+                        ELSE (128 + (bits & 127)) * pow(2.0, ((bits >> 7) & 255)::INTEGER - 134)
+                   END
+       END::FLOAT AS weight
+FROM (
+    SELECT run_id, prompt_id, position, layer, kind, is_ranked,
+           unnest(range(len(experts))) AS place, unnest(experts) AS expert,
+           unnest(weights) AS weight, unnest(bf16_weights) AS bits
+    FROM routing_arrays
+);
+
+-- Runs whose routing (and router_probs) stays in the Parquet shards beside the store.
+CREATE TABLE runs_in_shards (run_id TEXT PRIMARY KEY);
 
 -- One row per prompt, token group and layer; the arrays are indexed by expert.
 CREATE TABLE usage_arrays (
@@ -163,4 +185,4 @@ CREATE TABLE ingested_shards (
     PRIMARY KEY (run_id, shard_id)
 );
 
-INSERT INTO moescope_schema VALUES (2);
+INSERT INTO moescope_schema VALUES (3);

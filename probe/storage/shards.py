@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from moescope.probe.errors import RecordingError
+from moescope.probe.storage.encoding import encode
 from moescope.probe.storage.files import (
     disk_errors,
     remove_folder,
@@ -32,6 +33,7 @@ from moescope.probe.storage.files import (
     write_synced,
 )
 from moescope.probe.storage.schema import SHARD_TABLES, conform
+from moescope.probe.storage.slots import check_slots
 
 MANIFEST: Final = "manifest.json"
 _SHARD_NAME: Final = re.compile(r"shard-[0-9]{5,12}")
@@ -40,11 +42,19 @@ _TEXT_OF_FEW_VALUES: Final = ("phase", "segment", "kind")
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFile:
-    """One Parquet file of a shard."""
+    """One Parquet file of a shard.
+
+    Attributes:
+        rows: its rows.
+        size_bytes: its size.
+        sha256: of its bytes, in hexadecimal.
+        weights: how routing weights are encoded in it; None in other files.
+    """
 
     rows: int
     size_bytes: int
     sha256: str
+    weights: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +129,12 @@ def write_shard(
     if unknown:
         raise RecordingError(f"{where}: a shard has no table {', '.join(unknown)}")
     _check_prompts(content, prompt_ids, where)
+    check_slots(content["routing_arrays"], where)
     if target.exists():
         return read_manifest(folder, shard_id)
-    encoded = {name: _encode(table) for name, table in content.items()}
+    encoded, ways = {}, {}
+    for name, table in content.items():
+        encoded[name], ways[name] = encode(name, table)
     manifest = ShardManifest(
         shard_id=shard_id,
         prompt_ids=tuple(sorted(prompt_ids)),
@@ -130,6 +143,7 @@ def write_shard(
                 rows=content[name].num_rows,
                 size_bytes=len(blob),
                 sha256=hashlib.sha256(blob).hexdigest(),
+                weights=ways[name],
             )
             for name, blob in encoded.items()
         },
@@ -234,13 +248,6 @@ def _check_meta(prompts: pa.Table, where: str) -> None:
 def _some(ids: Sequence[int]) -> str:
     shown = ", ".join(str(number) for number in ids[:10])
     return f"{shown} and {len(ids) - 10} more" if len(ids) > 10 else shown or "none"
-
-
-def _encode(table: pa.Table) -> memoryview:
-    """The table as a Parquet file in memory, so that its checksum is of what was meant."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return memoryview(sink.getvalue())
 
 
 def _write_folder(target: Path, encoded: Mapping[str, memoryview], manifest: ShardManifest) -> None:

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 import pyarrow as pa
 
-from moescope.probe.errors import RunError
+from moescope.probe.errors import RunError, StoreError
 from moescope.probe.storage.faults import database_errors
-from moescope.probe.storage.locks import reading, resolve_store
+from moescope.probe.storage.files import resolve_store
+from moescope.probe.storage.locks import reading
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,6 +54,7 @@ class RunInfo:
     manifest: Mapping[str, Any]
 
 
+_QUERIES = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
 _RUN_COLUMNS = tuple(RunInfo.__dataclass_fields__)
 
 
@@ -92,11 +94,13 @@ class Store:
         """The whole result of a query as an Arrow table.
 
         Raises:
-            StoreError: the store is gone, or the query reaches for something outside of it.
+            StoreError: the store is gone, or the query reaches for something outside of it, or
+                would write: the shards beside the store are files that COPY could reach.
             StoreBusyError: a writer kept the store for too long.
             duckdb.Error: the query itself is wrong.
         """
         with self.connection() as con:
+            _require_queries(con, sql)
             relation = con.sql(sql, params=params)
             return pa.table({}) if relation is None else relation.to_arrow_table()
 
@@ -145,7 +149,7 @@ class Store:
             RunError: there is no such run.
         """
         found = self.arrow(
-            "SELECT EXISTS (SELECT 1 FROM routing WHERE run_id = ?) AS found", [run_id]
+            "SELECT EXISTS (SELECT 1 FROM routing_arrays WHERE run_id = ?) AS found", [run_id]
         )
         if found["found"][0].as_py():
             return True
@@ -158,3 +162,11 @@ class Store:
         ].to_pylist()
         there = f"it has {', '.join(known)}" if known else "it has no runs yet"
         return RunError(f"{self.path} has no run {run_id!r}; {there}")
+
+
+def _require_queries(con: duckdb.DuckDBPyConnection, sql: str) -> None:
+    for statement in con.extract_statements(sql):
+        if statement.type not in _QUERIES:
+            raise StoreError(
+                f"a store is only read here, {statement.type.name} is refused; write a SELECT"
+            )

@@ -11,11 +11,12 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import duckdb
 
-from moescope.probe.errors import RunError
+from moescope.probe.errors import RecordingError, RunError
 from moescope.probe.storage.contradictions import (
     NORMS,
     NORMS_MISSING,
@@ -30,6 +31,9 @@ from moescope.probe.storage.contradictions import (
     USAGE_BY_EXPERT,
     WEIGHT_ORDER,
 )
+from moescope.probe.storage.in_shards import is_in_shards
+from moescope.probe.storage.run_folder import run_folder
+from moescope.probe.storage.shards import read_shard
 
 if TYPE_CHECKING:
     from moescope.probe.storage.store import Store
@@ -66,7 +70,8 @@ def verify_run(store: Store, run_id: str) -> list[Problem]:
     """
     store.run(run_id)
     with store.connection() as con:
-        return find_problems(con, run_id)
+        damaged = list(damaged_shards(con, store.path, run_id))
+        return damaged or find_problems(con, run_id)
 
 
 def find_problems(
@@ -100,6 +105,21 @@ def find_problems(
         problems += check("probabilities of tokens", PROBS_OF_TOKENS)
         problems += check("probabilities", PROBS)
     return problems
+
+
+def damaged_shards(con: duckdb.DuckDBPyConnection, store: Path, run_id: str) -> Iterator[Problem]:
+    """Shards of a run that stays in them which are not what was written."""
+    if not is_in_shards(con, run_id):
+        return
+    folder = run_folder(store, run_id).path
+    shards = con.execute(
+        "SELECT shard_id FROM ingested_shards WHERE run_id = ? ORDER BY shard_id", [run_id]
+    ).fetchall()
+    for (shard_id,) in shards:
+        try:
+            read_shard(folder, shard_id)
+        except RecordingError as error:
+            yield Problem(check="shards", sentence=str(error))
 
 
 def weights_follow_rank(rule: Mapping[str, Any] | None) -> bool:

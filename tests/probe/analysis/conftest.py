@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 
 from moescope.probe.storage.locks import insert_rows, writing
+from moescope.probe.storage.slots import arrays_of_slots, as_stored
 from moescope.probe.storage.store import Store
 
 Slots = Mapping[int, Sequence[tuple[int, float]]]  # layer -> (expert, weight), any order
@@ -117,7 +118,7 @@ def write_run(
     ]  # fmt: skip
     tables = {"layers": layers, "prompts": prompts, "tokens": tokens, "usage_arrays": arrays}
     if record_level == "topk":
-        tables["routing"] = routing
+        tables["routing_arrays"] = routing
     with writing(path) as con:
         con.execute(
             "INSERT INTO runs (run_id, model, revision, created_at, status, source, record_level, "
@@ -125,7 +126,10 @@ def write_run(
             [run_id, status, record_level, len(prompts)],
         )
         for name, rows in tables.items():
-            insert_rows(con, name, pa.Table.from_pylist(rows), run_id=run_id)
+            made = pa.Table.from_pylist(rows)
+            if name == "routing_arrays":
+                made = as_stored(arrays_of_slots(made))
+            insert_rows(con, name, made, run_id=run_id)
     return Store(path)
 
 

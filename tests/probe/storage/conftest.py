@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import duckdb
 import pytest
 
 from moescope.probe.storage import reading, write_shard, writing
@@ -27,6 +29,8 @@ EVERYTHING = {
     "prompts": "SELECT * FROM prompts",
     "tokens": "SELECT * FROM tokens",
     "routing": "SELECT * FROM routing",
+    "routing_arrays": "SELECT * FROM routing_arrays",
+    "runs_in_shards": "SELECT * FROM runs_in_shards",
     "usage_arrays": "SELECT * FROM usage_arrays",
     "ingested_shards": "SELECT * FROM ingested_shards",
 }
@@ -74,7 +78,7 @@ def filled(synthetic: ModuleType) -> Callable[..., Path]:
                 ids = description.planned_shards[shard_id]
                 rows = synthetic.tables(ids)
                 if description.record_level == "usage":
-                    del rows["routing"]
+                    del rows["routing_arrays"]
                 write_shard(point.folder.path, shard_id, rows, prompt_ids=ids)
             point.folder.finish()
             Ingester(store, RunFolder(point.folder.path)).run(lambda: False)
@@ -95,13 +99,36 @@ def store(tmp_path: Path, filled_once: Path) -> Path:
     return Path(shutil.copy(filled_once, tmp_path / "runs.duckdb"))
 
 
+@pytest.fixture(scope="session")
+def damage() -> Callable[[duckdb.DuckDBPyConnection, str], None]:
+    """Change rows on a connection; `routing`, which is a view, as if it were a table."""
+
+    def execute(con: duckdb.DuckDBPyConnection, sql: str) -> None:
+        if not re.match(r"(UPDATE|DELETE FROM|INSERT INTO) routing\b", sql):
+            con.execute(sql).fetchall()
+            return
+        con.execute("CREATE TEMP TABLE slots AS SELECT * FROM routing").fetchall()
+        con.execute(re.sub(r"\brouting\b", "slots", sql)).fetchall()
+        con.execute("DELETE FROM routing_arrays").fetchall()
+        con.execute(
+            "INSERT INTO routing_arrays SELECT run_id, prompt_id, position, layer, kind, "
+            "bool_and(rank IS NOT NULL), list(expert ORDER BY rank, weight DESC, expert), "
+            "list(weight ORDER BY rank, weight DESC, expert), NULL FROM slots GROUP BY ALL"
+        ).fetchall()
+        con.execute("DROP TABLE slots").fetchall()
+
+    return execute
+
+
 @pytest.fixture
-def change() -> Callable[[Path, str], None]:
+def change(
+    damage: Callable[[duckdb.DuckDBPyConnection, str], None],
+) -> Callable[[Path, str], None]:
     """Change a store's rows behind everybody's back."""
 
     def execute(path: Path, sql: str) -> None:
         with writing(path) as con:
-            con.execute(sql).fetchall()
+            damage(con, sql)
 
     return execute
 

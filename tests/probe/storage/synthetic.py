@@ -23,6 +23,7 @@ from moescope.probe.storage import (
     start_ingester,
     write_shard,
 )
+from moescope.probe.storage.slots import arrays_of_slots
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 2, 6, 2
 PROMPT_TOKENS, GENERATED_TOKENS = 4, 3
@@ -67,6 +68,7 @@ def layer_row(layer: int) -> dict[str, Any]:
 
 def tables(prompt_ids: Sequence[int]) -> dict[str, pa.Table]:
     """All rows of these prompts, consistent with each other."""
+    slots_of_all: list[dict[str, Any]] = []
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in SHARD_TABLES}
     for prompt_id in prompt_ids:
         rows["prompts"].append(prompt_row(prompt_id))
@@ -77,11 +79,12 @@ def tables(prompt_ids: Sequence[int]) -> dict[str, pa.Table]:
                 for position in range(_LENGTH - 1)  # the last generated token is not routed
                 for rank in range(TOP_K)
             ]
-            rows["routing"] += slots
+            slots_of_all += slots
             rows["usage_arrays"] += usage_rows(prompt_id, layer, slots)
-    return {
+    made = {
         name: pa.Table.from_pylist(rows[name], schema=SHARD_TABLES[name]) for name in SHARD_TABLES
     }
+    return {**made, "routing_arrays": arrays_of_slots(pa.Table.from_pylist(slots_of_all))}
 
 
 _LENGTH = PROMPT_TOKENS + GENERATED_TOKENS

@@ -182,7 +182,7 @@ def test_plans_and_evaluations_come_along_once(store: Path, tmp_path: Path, chan
         assert counted.to_numpy().tolist() == [[1, 2]]
 
 
-@pytest.mark.parametrize("table", ["routing", "plans"])
+@pytest.mark.parametrize("table", ["routing_arrays", "plans"])
 def test_a_strangers_view_on_this_machines_files_is_not_copied(
     store: Path, tmp_path: Path, table: str
 ) -> None:
@@ -195,7 +195,7 @@ def test_a_strangers_view_on_this_machines_files_is_not_copied(
     for attempt in (lambda: merge_stores(into, [store]), lambda: vacuum_store(store)):
         with pytest.raises(StoreError, match=f"no sound store: {table} is not a table"):
             attempt()
-    if into.exists() and table == "routing":
+    if into.exists() and table == "routing_arrays":
         assert runs_of(into) == []
 
 

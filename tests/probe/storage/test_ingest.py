@@ -127,11 +127,11 @@ def test_a_damaged_shard_reaches_the_collector_and_is_recorded_anew(
     with begin_run(store, "base", description) as point:
         synthetic.write_all(point.folder.path, description, point.missing)
         damaged = point.folder.path / "shard-00001"
-        file = damaged / "routing.parquet"
+        file = damaged / "routing_arrays.parquet"
         file.write_bytes(file.read_bytes()[:-3] + b"xyz")
         point.folder.finish()
         with (
-            pytest.raises(RecordingError, match=r"shard-00001 is damaged: routing\.parquet"),
+            pytest.raises(RecordingError, match=r"shard-00001 is damaged: routing_arrays\.parquet"),
             start_ingester(store, point.folder) as ingester,
         ):
             ingester.wait_until_done(timeout_s=30)
@@ -150,13 +150,13 @@ def test_rows_that_contradict_each_other_fail_the_run(
         for shard_id, ids in description.planned_shards.items():
             tables = synthetic.tables(ids)
             if shard_id == "shard-00001":
-                tables["routing"] = tables["routing"].slice(1)
+                tables["routing_arrays"] = tables["routing_arrays"].slice(1)
             write_shard(point.folder.path, shard_id, tables, prompt_ids=ids)
         point.folder.finish()
         with (
             pytest.raises(
                 RecordingError,
-                match=r"in 3 places .*prompt 1, token 0, layer 0 \(mlp\): 1 slots .* top-k is 2",
+                match=r"in 3 places .*prompt 0, token 0, layer 0 \(mlp\): 0 slots .* top-k is 2",
             ),
             start_ingester(store, point.folder) as ingester,
         ):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import duckdb
 import pytest
 
 from moescope.probe.errors import StoreError
-from moescope.probe.storage import Store, migrate_store, verify_run
+from moescope.probe.storage import SCHEMA_VERSION, Store, migrate_store, verify_run
 from moescope.probe.storage.verify import find_problems
 
 NORMS = """
@@ -114,8 +114,20 @@ def test_probabilities_that_contradict_are_found(
     assert check in checks(con)
 
 
+def make_version_2(store: Path) -> None:
+    """Take away what version 3 added: single slots are a table again."""
+    with duckdb.connect(str(store)) as con:
+        con.execute("CREATE TABLE slots AS SELECT * FROM routing").fetchall()
+        con.execute("DROP VIEW routing").fetchall()
+        con.execute("DROP TABLE routing_arrays").fetchall()
+        con.execute("DROP TABLE runs_in_shards").fetchall()
+        con.execute("ALTER TABLE slots RENAME TO routing").fetchall()
+        con.execute("UPDATE moescope_schema SET version = 2").fetchall()
+
+
 def make_version_1(store: Path) -> None:
-    """Take away what version 2 added."""
+    """Take away what version 2 added, too."""
+    make_version_2(store)
     with duckdb.connect(str(store)) as con:
         view = con.execute("SELECT sql FROM duckdb_views() WHERE view_name = 'usage'").fetchone()
         assert view is not None
@@ -132,17 +144,24 @@ def make_version_1(store: Path) -> None:
         con.execute("UPDATE moescope_schema SET version = 1").fetchall()
 
 
-def test_a_store_of_version_1_is_migrated_and_keeps_its_runs(store: Path) -> None:
-    before = Store(store).query("SELECT * FROM usage ORDER BY ALL")
+@pytest.mark.parametrize(("version", "make"), [(1, make_version_1), (2, make_version_2)])
+def test_an_older_store_is_migrated_and_keeps_its_runs(
+    store: Path, version: int, make: Callable[[Path], None]
+) -> None:
+    before = {
+        name: Store(store).arrow(f"SELECT * FROM {name} ORDER BY ALL")
+        for name in ("usage", "routing", "routing_arrays")
+    }
     columns = schema_of(store)
-    make_version_1(store)
+    make(store)
     with pytest.raises(StoreError, match=r"moescope store migrate --store .*runs\.duckdb"):
         Store(store)
-    assert migrate_store(store) == 1
+    assert migrate_store(store) == version
     assert schema_of(store) == columns
-    assert Store(store).query("SELECT * FROM usage ORDER BY ALL").equals(before)
+    for name, rows in before.items():
+        assert Store(store).arrow(f"SELECT * FROM {name} ORDER BY ALL").equals(rows)
     assert verify_run(Store(store), "base") == []
-    assert migrate_store(store) == 2
+    assert migrate_store(store) == SCHEMA_VERSION
 
 
 def schema_of(store: Path) -> list[tuple[object, ...]]:

@@ -50,7 +50,7 @@ def test_shards_that_nobody_ingested_are_ingested(store: Path, synthetic: Module
 
 def test_damaged_shards_are_removed_and_recorded_anew(store: Path, synthetic: ModuleType) -> None:
     folder = begin_and_write(store, synthetic, "open", 3, 2)
-    file = folder / "shard-00001" / "routing.parquet"
+    file = folder / "shard-00001" / "routing_arrays.parquet"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -80,7 +80,7 @@ def test_half_written_folders_are_removed(store: Path, synthetic: ModuleType) ->
 
 
 @pytest.mark.parametrize(
-    "damage",
+    "sql",
     [
         "UPDATE routing SET expert = 0 WHERE prompt_id = 2 AND layer = 1",
         "DELETE FROM routing WHERE prompt_id = 2 AND position = 1",
@@ -89,9 +89,9 @@ def test_half_written_folders_are_removed(store: Path, synthetic: ModuleType) ->
     ],
 )
 def test_prompts_with_contradicting_rows_go_wholly_and_the_manifest_says_so(
-    store: Path, change: Any, damage: str
+    store: Path, change: Any, sql: str
 ) -> None:
-    change(store, damage)
+    change(store, sql)
     assert verify_run(Store(store), "base") != []
     would = repair_store(store, dry_run=True)
     assert verify_run(Store(store), "base") != []

@@ -44,10 +44,10 @@ def test_a_shard_reads_back_exactly(tmp_path: Path, shard: Path, synthetic: Modu
 
 def test_tables_left_out_are_empty(tmp_path: Path, synthetic: ModuleType) -> None:
     tables = synthetic.tables(IDS)
-    del tables["routing"]
+    del tables["routing_arrays"]
     write_shard(tmp_path, "shard-00000", tables, prompt_ids=IDS)
     _, back = read_shard(tmp_path, "shard-00000")
-    assert back["routing"].num_rows == 0 and back["usage_arrays"].num_rows > 0
+    assert back["routing_arrays"].num_rows == 0 and back["usage_arrays"].num_rows > 0
 
 
 def test_a_shard_that_is_there_already_is_kept(

@@ -15,12 +15,16 @@ import pandas as pd
 import pytest
 
 from moescope.probe.errors import RunError, StoreError
-from moescope.probe.storage import SHARD_TABLES, RunInfo, Store
-from moescope.probe.storage.locks import SAFE_CONFIG
+from moescope.probe.storage import SHARD_TABLES, RunInfo, Store, reading
+from moescope.probe.storage.run_folder import shards_beside
+from moescope.probe.storage.slots import arrays_of_slots
 
 
 def test_every_row_comes_back_as_it_was_written(store: Path, synthetic: ModuleType) -> None:
     written = synthetic.tables(range(6))
+    slots = Store(store).arrow("SELECT * EXCLUDE (run_id) FROM routing WHERE run_id = 'base'")
+    rows = written.pop("routing_arrays")
+    assert arrays_of_slots(slots).cast(rows.schema).equals(rows)
     for name, rows in written.items():
         order = "ALL"
         columns = ", ".join(SHARD_TABLES[name].names)
@@ -44,7 +48,8 @@ def test_a_run_is_described(store: Path, synthetic: ModuleType) -> None:
     assert (info.status, info.source, info.record_level) == ("complete", "recorded", "topk")
     assert (info.model, info.revision, info.family) == ("synthetic", None, "none")
     assert (info.num_prompts, info.num_tokens) == (6, 6 * 7)
-    assert info.manifest == {**description.manifest, **description.fingerprint()}
+    known = {"weights_kept_as": {"bf16": 6 * 6 * 2}}  # rows of arrays: prompts x tokens x layers
+    assert info.manifest == {**description.manifest, **description.fingerprint(), **known}
     assert info.manifest["batch_plan"]["prompt_ranges"] == [[0, 5]]
     assert info.finished_at is not None
     age = datetime.now(UTC) - info.created_at
@@ -112,8 +117,10 @@ def test_a_wrong_query_is_the_callers_error(store: Path) -> None:
 
 
 def test_a_store_cannot_be_changed_through_a_reader(store: Path) -> None:
-    with pytest.raises(duckdb.InvalidInputException, match="read-only"):
+    with pytest.raises(StoreError, match="only read here, DELETE is refused"):
         Store(store).query("DELETE FROM runs")
+    with reading(store) as con, pytest.raises(duckdb.InvalidInputException, match="read-only"):
+        con.execute("DELETE FROM runs").fetchall()
     assert len(Store(store).runs()) == 1
 
 
@@ -184,18 +191,26 @@ def test_a_store_whose_version_table_reads_files_is_refused(store: Path) -> None
         "SET allowed_directories = ['/etc']",
         "SELECT * FROM '/etc/passwd'",
         "SELECT * FROM secret_frame",
+        "COPY (SELECT 1) TO '{shards}/leak.parquet' (FORMAT parquet)",
+        "SELECT 1; COPY (SELECT 1) TO '{shards}/leak.parquet' (FORMAT parquet)",
+        "SELECT * FROM read_text('{shards}/../secret.txt')",
+        "ATTACH '{shards}/leak.duckdb'",
     ],
 )
 def test_no_statement_leaves_the_store(store: Path, statement: str) -> None:
     secret_frame = pd.DataFrame({"secret": [1]})
     assert len(secret_frame) == 1  # in scope here, and yet not readable by a query
+    shards = shards_beside(store)
+    shards.mkdir()
+    store.with_name("secret.txt").write_text("secret")
     with pytest.raises((StoreError, duckdb.Error)):
-        Store(store).query(statement)
+        Store(store).query(statement.replace("{shards}", str(shards)))
+    assert not list(shards.iterdir())
     assert not Path("/tmp/moescope-leak.csv").exists()
 
 
 def test_a_big_sort_spills_beside_the_store_and_still_works(store: Path) -> None:
-    config = {**SAFE_CONFIG, "memory_limit": "20MB", "threads": "1"}
+    config = {"enable_external_access": "false", "memory_limit": "20MB", "threads": "1"}
     with duckdb.connect(str(store), read_only=True, config=config) as con:
         rows = con.execute(
             "SELECT max(i) FROM (SELECT i, hash(i) AS h FROM range(3000000) r(i) ORDER BY h)"

@@ -19,6 +19,7 @@ from moescope.probe.storage.verify import (
 )
 
 Change = Callable[[Path, str], None]
+Damage = Callable[[duckdb.DuckDBPyConnection, str], None]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_an_unknown_run_is_an_error(store: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "check", "sentence"),
+    ("sql", "check", "sentence"),
     [
         (
             "DELETE FROM prompts WHERE prompt_id = 2",
@@ -148,17 +149,16 @@ def test_an_unknown_run_is_an_error(store: Path) -> None:
             "prompt 0, token 2, layer 1 (mlp): expert 6 is recorded, the layer has 6",
         ),
         (
-            "UPDATE routing SET rank = 1 WHERE prompt_id = 3 AND position = 0 AND layer = 0",
+            "UPDATE routing_arrays SET bf16_weights = bf16_weights[:1] "
+            "WHERE prompt_id = 3 AND position = 0 AND layer = 0",
             "slots",
-            "prompt 3, token 0, layer 0 (mlp): the ranks are not 0 to 1 once each, "
-            "2 slots have 1 different ranks up to 1",
+            "prompt 3, token 0, layer 0 (mlp): 2 slots have 1 weights",
         ),
         (
-            "UPDATE routing SET rank = 2 "
-            "WHERE prompt_id = 3 AND position = 0 AND layer = 0 AND rank = 1",
-            "slots",
-            "prompt 3, token 0, layer 0 (mlp): the ranks are not 0 to 1 once each, "
-            "2 slots have 2 different ranks up to 2",
+            "INSERT INTO routing_arrays SELECT * FROM routing_arrays "
+            "WHERE prompt_id = 3 AND position = 0 AND layer = 0",
+            "slots of tokens",
+            "prompt 3, token 0, layer 0 (mlp): recorded 2 times",
         ),
         (
             "DELETE FROM routing WHERE prompt_id = 3 AND position = 0 AND layer = 0 AND rank = 1",
@@ -197,35 +197,33 @@ def test_an_unknown_run_is_an_error(store: Path) -> None:
     ],
 )
 def test_each_contradiction_is_found(
-    con: duckdb.DuckDBPyConnection, damage: str, check: str, sentence: str
+    con: duckdb.DuckDBPyConnection, damage: Damage, sql: str, check: str, sentence: str
 ) -> None:
-    con.execute(damage).fetchall()
+    damage(con, sql)
     assert sentence in sentences(con)[check]
 
 
-def run(con: duckdb.DuckDBPyConnection, sql: str) -> None:
-    con.execute(sql).fetchall()
-
-
-def test_unknown_ranks_are_no_contradiction(con: duckdb.DuckDBPyConnection) -> None:
-    run(con, "UPDATE routing SET rank = NULL")
+def test_unknown_ranks_are_no_contradiction(con: duckdb.DuckDBPyConnection, damage: Damage) -> None:
+    damage(con, "UPDATE routing SET rank = NULL")
     assert sentences(con) == {}
 
 
 def test_weights_need_not_follow_the_rank_under_a_selection_bias(
-    con: duckdb.DuckDBPyConnection,
+    con: duckdb.DuckDBPyConnection, damage: Damage
 ) -> None:
     biased = json.dumps({"score": "softmax", "selection_bias": True})
-    run(con, "UPDATE routing SET weight = 1 - weight")
+    damage(con, "UPDATE routing SET weight = 1 - weight")
     assert list(sentences(con)) == ["weight order"]
-    run(con, f"UPDATE layers SET rule = '{biased}'")
+    damage(con, f"UPDATE layers SET rule = '{biased}'")
     assert sentences(con) == {}
 
 
-def test_slots_that_steering_dropped_are_no_contradiction(con: duckdb.DuckDBPyConnection) -> None:
-    run(con, "UPDATE routing SET weight = 0 WHERE rank = 0 AND position = 1")
+def test_slots_that_steering_dropped_are_no_contradiction(
+    con: duckdb.DuckDBPyConnection, damage: Damage
+) -> None:
+    damage(con, "UPDATE routing SET weight = 0 WHERE rank = 0 AND position = 1")
     assert list(sentences(con)) == ["weight order"]
-    run(con, "UPDATE runs SET plan_id = 'p'")
+    damage(con, "UPDATE runs SET plan_id = 'p'")
     assert sentences(con) == {}
 
 
@@ -258,9 +256,9 @@ def test_counts_without_slots_are_verified_too(
 
 
 def test_a_problem_that_is_everywhere_is_reported_a_few_times(
-    con: duckdb.DuckDBPyConnection,
+    con: duckdb.DuckDBPyConnection, damage: Damage
 ) -> None:
-    run(con, "DELETE FROM routing")
+    damage(con, "DELETE FROM routing")
     found = sentences(con)
     assert {check: len(lines) for check, lines in found.items()} == {
         "slots of tokens": PROBLEMS_PER_CHECK,
