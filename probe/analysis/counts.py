@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from moescope.probe.analysis.filters import Filters
 from moescope.probe.analysis.selection import IntArray, Router, Selection
 from moescope.probe.errors import AnalysisInputError
 
+_MISSING: Final = {"weight_sum": "routing weights", "prob_sum": "router scores"}
 Quantity = Literal["num_tokens", "weight_sum", "prob_sum"]
 FloatArray = NDArray[np.floating[Any]]
 
@@ -182,6 +183,12 @@ def _usage_rows(
         f"FROM usage_arrays WHERE {' AND '.join(conditions)}",
         [selection.run_id, *batch],
     ).combine_chunks()
+    for name in quantities:
+        if table[name].null_count:
+            raise AnalysisInputError(
+                f"run {selection.run_id!r} has no {_MISSING.get(name, name)}: its source did not "
+                "record them; ask for counts instead"
+            )
     kept_R = np.isin(column_array(table, "prompt_id"), selection.prompt_ids)
     for router in selection.routers:
         rows = np.flatnonzero(kept_R & _is_router(table, router))

@@ -54,6 +54,7 @@ from moescope.probe.storage.locks import reading, writing
 from moescope.probe.storage.rows import insert_rows, transaction
 from moescope.probe.storage.run_folder import RunFolder
 from moescope.probe.storage.run_log import run_log
+from moescope.probe.storage.schema import SHARD_TABLES
 from moescope.probe.storage.shards import (
     ShardManifest,
     finished_shards,
@@ -171,8 +172,7 @@ class Ingester:
                     writing(self._store, wait_s=_ASK_AGAIN_S, announce=self._announce) as con,
                 ):
                     self._register(con)
-                    for manifest, tables in batch:
-                        self._ingest(con, manifest, tables)
+                    self._ingest(con, [shard for shard in batch if self._is_new(shard)])
                 break
             except StoreBusyError:
                 is_late = self._folder.is_finished and time.monotonic() > deadline
@@ -222,22 +222,32 @@ class Ingester:
             ).fetchall()
         self._ingested = {row[0] for row in known}
 
-    def _ingest(
-        self, con: duckdb.DuckDBPyConnection, manifest: ShardManifest, tables: dict[str, pa.Table]
-    ) -> None:
-        """All rows of one shard and its id, or nothing."""
-        if manifest.shard_id in self._ingested:
+    def _is_new(self, shard: Shard) -> bool:
+        return shard[0].shard_id not in self._ingested
+
+    def _ingest(self, con: duckdb.DuckDBPyConnection, shards: list[Shard]) -> None:
+        """All rows of these shards and their ids, or nothing.
+
+        One statement a table: every statement leaves a group of rows that is not full, which DuckDB
+        writes anew later.
+        """
+        if not shards:
             return
+        ids = [(self.run_id, manifest.shard_id, manifest.checksum) for manifest, _ in shards]
         with transaction(con):
-            con.execute(
-                "INSERT INTO ingested_shards (run_id, shard_id, checksum) VALUES (?, ?, ?)",
-                [self.run_id, manifest.shard_id, manifest.checksum],
+            con.executemany(
+                "INSERT INTO ingested_shards (run_id, shard_id, checksum) VALUES (?, ?, ?)", ids
             ).fetchall()
-            for name, rows in tables.items():
-                if not rows.num_rows or (self._stays_in_shards and name in STAYING_TABLES):
+            for name in SHARD_TABLES:
+                if self._stays_in_shards and name in STAYING_TABLES:
                     continue
-                stored = as_stored(rows) if name == "routing_arrays" else rows
-                insert_rows(con, name, stored, run_id=self.run_id)
+                parts = [tables[name] for _, tables in shards if tables[name].num_rows]
+                if name == "routing_arrays":
+                    parts = [as_stored(part) for part in parts]
+                if parts:
+                    # In one piece: in pieces DuckDB stores them twice as slowly, half of it twice.
+                    whole = pa.concat_tables(parts).unify_dictionaries().combine_chunks()
+                    insert_rows(con, name, whole, run_id=self.run_id)
 
     def _check_planned(self, manifest: ShardManifest) -> None:
         planned = self._description.planned_shards.get(manifest.shard_id)

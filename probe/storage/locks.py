@@ -379,6 +379,7 @@ def _connect(store: Path, *, read_only: bool, shards: Path) -> duckdb.DuckDBPyCo
             folder = str(shards).replace("'", "''")
             con.execute(f"SET allowed_directories = ['{folder}']").fetchall()
             con.execute("SET enable_external_access = false").fetchall()
+            con.execute("SET enable_progress_bar = false").fetchall()  # else on standard output
             con.execute("SET lock_configuration = true").fetchall()
     except BaseException:
         con.close()

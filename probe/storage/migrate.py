@@ -69,6 +69,8 @@ def _to_version_2(con: duckdb.DuckDBPyConnection) -> None:
 
 
 def _to_version_3(con: duckdb.DuckDBPyConnection) -> None:
+    for name in ("weight_sum", "prob_sum"):
+        con.execute(f"ALTER TABLE usage_arrays ALTER {name} DROP NOT NULL").fetchall()
     con.execute("ALTER TABLE routing RENAME TO old_routing").fetchall()
     for start in ("CREATE TABLE routing_arrays ", "CREATE TABLE runs_in_shards "):
         con.execute(schema_statement(start)).fetchall()

@@ -144,7 +144,7 @@ def _mend_folder(store: Path, folder: RunFolder, dry_run: bool) -> Iterator[str]
                     folder.reopen()
                     for shard_id in damaged:
                         remove_shard(folder.path, shard_id)
-            whole = sorted(set(finished_shards(folder.path)) - set(damaged))
+            whole = set(finished_shards(folder.path)) - set(damaged) - _ingested(store, name)
             if not dry_run:
                 remove_leftovers(folder.path, TEMPORARY_PREFIX)
     except RunError as error:
@@ -203,6 +203,14 @@ def _delete_prompts(con: duckdb.DuckDBPyConnection, run_id: str, prompts: list[i
             f"DELETE FROM {table} WHERE run_id = ? AND list_contains(?, prompt_id)",
             [run_id, prompts],
         ).fetchall()
+
+
+def _ingested(store: Path, run_id: str) -> set[str]:
+    with reading(store, with_shards=False) as con:
+        rows = con.execute(
+            "SELECT shard_id FROM ingested_shards WHERE run_id = ?", [run_id]
+        ).fetchall()
+    return {shard_id for (shard_id,) in rows}
 
 
 def _is_damaged(folder: RunFolder, shard_id: str) -> bool:

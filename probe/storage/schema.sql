@@ -111,8 +111,9 @@ CREATE TABLE usage_arrays (
     kind TEXT NOT NULL,
     routed_tokens INTEGER NOT NULL,   -- tokens of this group that passed the router
     num_tokens INTEGER[] NOT NULL,    -- tokens that selected each expert
-    weight_sum FLOAT[] NOT NULL,      -- sum of routing weights over those tokens
-    prob_sum FLOAT[] NOT NULL,        -- sum of router scores (after softmax or sigmoid) over all tokens
+    -- Null in imported runs whose source did not say:
+    weight_sum FLOAT[],               -- sum of routing weights over those tokens
+    prob_sum FLOAT[],                 -- sum of router scores (after softmax or sigmoid) over all tokens
     -- With norms, over the tokens that selected each expert; E is its output before its weight:
     norm_sum FLOAT[],                 -- sum of |E|
     weighted_norm_sum FLOAT[],        -- sum of w |E|

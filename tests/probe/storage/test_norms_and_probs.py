@@ -122,6 +122,8 @@ def make_version_2(store: Path) -> None:
         con.execute("DROP TABLE routing_arrays").fetchall()
         con.execute("DROP TABLE runs_in_shards").fetchall()
         con.execute("ALTER TABLE slots RENAME TO routing").fetchall()
+        for name in ("weight_sum", "prob_sum"):
+            con.execute(f"ALTER TABLE usage_arrays ALTER {name} SET NOT NULL").fetchall()
         con.execute("UPDATE moescope_schema SET version = 2").fetchall()
 
 
