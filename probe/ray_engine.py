@@ -59,6 +59,7 @@ class ModelSource:
     device: str = "auto"
     dtype: str = "auto"
     revision: str | None = None
+    device_map: str | None = None
     trust_remote_code: bool = False
 
 
@@ -193,6 +194,7 @@ def _engine(
         device=source.device,
         dtype=source.dtype,
         revision=source.revision,
+        device_map=source.device_map,
         trust_remote_code=source.trust_remote_code,
     )
     return LocalEngine(bundle, [first], options)

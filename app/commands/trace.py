@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moescope.app import console
-from moescope.probe.errors import InputError
 
 if TYPE_CHECKING:
     from moescope.probe.engine import Engine
@@ -123,7 +122,7 @@ def register(app: typer.Typer) -> None:
         device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
         dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
         device_map: Annotated[
-            str | None, typer.Option(help="Spread the model: auto, balanced, sequential.")
+            str | None, typer.Option(help="Spread a model over GPUs: auto, balanced, sequential.")
         ] = None,
         limit: Annotated[
             int | None, typer.Option(min=1, help="Only the first so many prompts.")
@@ -259,8 +258,6 @@ def _engine(
 
         rendered = render_prompts(bundle.tokenizer, prompts, options)
         return rendered, LocalEngine(bundle, rendered, options), bundle.tokenizer.chat_template
-    if arguments.device_map is not None:
-        raise InputError("--device-map spreads one model and --engine ray many; use one of them")
     from moescope.probe.ray_engine import ModelSource, RayEngine, RayOptions
     from moescope.probe.trace import render_prompts
 
@@ -270,6 +267,7 @@ def _engine(
         name=arguments.model,
         device=arguments.device,
         dtype=arguments.dtype,
+        device_map=arguments.device_map,
         trust_remote_code=arguments.trust_remote_code,
     )
     spread = RayOptions(

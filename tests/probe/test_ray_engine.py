@@ -28,6 +28,10 @@ from moescope.probe.ray_engine import ModelSource, RayEngine, RayOptions  # noqa
 pytestmark = pytest.mark.xdist_group("ray")
 OPTIONS = TraceOptions(max_new_tokens=8, tokens_per_batch=128)
 TIE = 1e-5
+IN_FULL = pytest.mark.skipif(
+    float(os.environ.get("MOESCOPE_SOAK", "1")) < 1,
+    reason="starts more Ray workers; runs in the whole of make soak",
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +112,7 @@ def test_two_workers_one_killed_record_what_one_process_records(
 
 
 @pytest.mark.soak
+@IN_FULL
 def test_shards_travel_through_a_url(
     cluster: None, local: Path, prompts: list[Any], tmp_path: Path
 ) -> None:
@@ -132,6 +137,8 @@ def test_what_a_worker_says_of_the_model_is_said_here(
         RayEngine(ModelSource(name="demo-base"), rendered, OPTIONS, spread)
 
 
+@pytest.mark.soak
+@IN_FULL
 def test_a_folder_that_workers_do_not_see_is_said(
     cluster: None, prompts: list[Any], tmp_path: Path
 ) -> None:
