@@ -54,6 +54,7 @@ from moescope.probe.storage.locks import reading, writing
 from moescope.probe.storage.rows import insert_rows, transaction
 from moescope.probe.storage.run_folder import RunFolder
 from moescope.probe.storage.run_log import run_log
+from moescope.probe.storage.runs import is_claimed
 from moescope.probe.storage.schema import SHARD_TABLES
 from moescope.probe.storage.shards import (
     ShardManifest,
@@ -116,7 +117,10 @@ class Ingester:
             if finished and not moved:
                 if not self._is_complete:
                     self._complete()
-                if not self._keep_shards:
+                # Another collector may have begun to go on with the run of one that was killed: the
+                # folder is then for its own ingester to remove. Whoever begins later finds the run
+                # complete.
+                if not self._keep_shards and (lives or not is_claimed(self._folder)):
                     self._remove_folder()
                 return
             if not moved and not lives:

@@ -289,6 +289,21 @@ def claim_run(folder: RunFolder, run_name: str) -> Iterator[None]:
         release()
 
 
+def is_claimed(folder: RunFolder) -> bool:
+    """Whether a collector has this run right now."""
+    try:
+        descriptor = os.open(folder.path / _COLLECTOR_LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _claim(folder: RunFolder, run_name: str) -> weakref.finalize[Any, Any]:
     """Make the folder and take the lock that one collector of a run holds."""
     with disk_errors(f"making {folder.path}"):

@@ -81,7 +81,7 @@ def filled(synthetic: ModuleType) -> Callable[..., Path]:
                     del rows["routing_arrays"]
                 write_shard(point.folder.path, shard_id, rows, prompt_ids=ids)
             point.folder.finish()
-            Ingester(store, RunFolder(point.folder.path)).run(lambda: False)
+            Ingester(store, RunFolder(point.folder.path)).run(lambda: True)
         return store
 
     return fill

@@ -44,6 +44,22 @@ def test_a_run_goes_through_a_real_ingester(
     assert synthetic.collect(store, "base", synthetic.describe(3)) == []
 
 
+def test_the_folder_of_a_run_that_another_collector_goes_on_with_is_left_to_it(
+    tmp_path: Path, synthetic: ModuleType, contents: Contents
+) -> None:
+    """The ingester of a killed collector ends while the run is being gone on with."""
+    store, description = tmp_path / "a.duckdb", synthetic.describe(2)
+    folder = synthetic.written(store, 2)
+    with begin_run(store, "base", description) as point:
+        assert point.missing == () and not point.is_complete
+        assert main([str(store), str(folder)]) == 0  # as an orphan does: it completes the run
+        assert Store(store).run("base").status == "complete"
+        with start_ingester(store, point.folder):
+            point.folder.finish()
+    assert not folder.exists()
+    assert verify_run(Store(store), "base") == []
+
+
 def test_shards_can_be_kept(tmp_path: Path, synthetic: ModuleType, contents: Contents) -> None:
     store, description = tmp_path / "a.duckdb", synthetic.describe(2)
     synthetic.collect(store, "base", description, keep_shards=True)
