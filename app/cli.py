@@ -16,7 +16,17 @@ from typing import Annotated
 
 import typer
 
-from moescope.app.commands import analyze, demo, families, inspect, shipped, steer, store, trace
+from moescope.app.commands import (
+    analyze,
+    demo,
+    exchange,
+    families,
+    inspect,
+    shipped,
+    steer,
+    store,
+    trace,
+)
 from moescope.probe.errors import InputError, MoescopeError
 
 app = typer.Typer(
@@ -32,6 +42,7 @@ demo.register(app)
 inspect.register(app)
 store.register(app)
 shipped.register(app)
+exchange.register(app)
 trace.register(app)
 analyze.register(app)
 steer.register(app)

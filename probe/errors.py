@@ -7,6 +7,7 @@
     │   ├── StoreError        a file that is not a store, or one of another version
     │   ├── RunError          a run that does not exist, exists already, or was begun otherwise
     │   ├── AnalysisInputError  an analysis asked for what the run cannot answer
+    │   ├── ImportFileError   a file of another system that is not what it should be
     │   └── PlanError         a steering plan that is malformed or does not fit the model
     ├── RecordingError        routing that would have been recorded wrongly: stopped instead
     │   └── UnknownRoutingError  a part of a router's selection rule that cannot be read
@@ -44,6 +45,10 @@ class RunError(InputError):
 
 class AnalysisInputError(InputError):
     """An analysis was asked for something that the run cannot answer."""
+
+
+class ImportFileError(InputError):
+    """A file of another system that is malformed or says what cannot be; names file and place."""
 
 
 class PlanError(InputError):

@@ -79,6 +79,15 @@ class GroupedUsage:
         return int(max((usage.tokens.sum() for usage in self.routers), default=0))
 
 
+def has_quantity(selection: Selection, name: Quantity) -> bool:
+    """Whether the run recorded this quantity; imported ones need not have weights or scores."""
+    found = selection.store.arrow(
+        f"SELECT count(*) = count({name}) AS known FROM usage_arrays WHERE run_id = ?",
+        [selection.run_id],
+    )
+    return bool(found["known"][0].as_py())
+
+
 def read_counts(
     selection: Selection,
     group_P: IntArray,

@@ -23,7 +23,14 @@ from moescope.probe.analysis.columns import (
     stack_parts,
     value_column,
 )
-from moescope.probe.analysis.counts import GroupedUsage, read_counts
+from moescope.probe.analysis.counts import (
+    FloatArray,
+    GroupedUsage,
+    Quantity,
+    RouterUsage,
+    has_quantity,
+    read_counts,
+)
 from moescope.probe.analysis.filters import Filters
 from moescope.probe.analysis.frame import AnalysisTable, Column
 from moescope.probe.analysis.measures import (
@@ -193,7 +200,7 @@ def expert_load(
                 "load_chance": np.full(counts_GE.size, 1 / router.num_experts),
                 "token_share": divide(counts_GE, router_usage.tokens[:, None]).ravel(),
                 "chance": np.full(counts_GE.size, router.chance),
-                "importance": normalize(router_usage.sums["weight_sum"]).ravel(),
+                "importance": _importance(router_usage).ravel(),
                 "num_slots": counts_GE.ravel().astype(np.int64),
                 "num_tokens": np.repeat(router_usage.tokens, router.num_experts).astype(np.int64),
                 "num_prompts": np.repeat(usage.group_prompts, router.num_experts),
@@ -258,8 +265,17 @@ def _read(
         values, group_P = None, np.zeros(len(selection.prompts), dtype=np.int64)
     else:
         values, group_P = group_by_value(selection, by)
-    usage = read_counts(selection, group_P, quantities=("num_tokens", "weight_sum"))
-    return selection, values, usage
+    quantities: list[Quantity] = ["num_tokens"]
+    if has_quantity(selection, "weight_sum"):
+        quantities.append("weight_sum")
+    return selection, values, read_counts(selection, group_P, quantities=quantities)
+
+
+def _importance(usage: RouterUsage) -> FloatArray:
+    """Share of the routing weight [G, E]; unknown where the run has no weights."""
+    if "weight_sum" not in usage.sums:
+        return np.full(usage.counts.shape, np.nan)
+    return normalize(usage.sums["weight_sum"])
 
 
 def _table(

@@ -125,6 +125,9 @@ def select(store: Store, run_id: str, filters: Filters, *, fields: Sequence[str]
     if run.status != "complete":
         planned = f" of {run.num_prompts} planned" if run.num_prompts is not None else ""
         notes = (f"The run is {run.status}: {len(prompts)}{planned} prompts so far.",)
+    lacks = run.manifest.get("lacks", [])
+    if lacks:
+        notes += (f"The run was imported; its source does not have: {', '.join(lacks)}.",)
     prompts = prompts[matching_prompts(prompts, filters.fields)].reset_index(drop=True)
     if prompts.empty:
         asked = f" with {describe_conditions(filters.fields)}" if filters.fields else ""

@@ -86,6 +86,15 @@ USAGE: Final = """
        OR u.shortest < e.num_experts OR u.longest > e.num_experts
 """
 
+USAGE_SHAPE: Final = """
+    SELECT u.prompt_id, u.layer,
+           format('prompt {}, layer {} ({}): usage counts {} experts, the layer has {}',
+                  u.prompt_id, u.layer, u.kind, len(u.num_tokens), l.num_experts)
+    FROM usage_arrays u LEFT JOIN layers l
+      ON l.run_id = u.run_id AND l.layer = u.layer AND l.kind = u.kind
+    WHERE u.run_id = $run AND len(u.num_tokens) IS DISTINCT FROM l.num_experts
+"""
+
 SLOTS: Final = """
     WITH slots AS (
         SELECT prompt_id, position, layer, kind, len(experts) AS slots,

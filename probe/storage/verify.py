@@ -29,6 +29,7 @@ from moescope.probe.storage.contradictions import (
     UNROUTED,
     USAGE,
     USAGE_BY_EXPERT,
+    USAGE_SHAPE,
     WEIGHT_ORDER,
 )
 from moescope.probe.storage.in_shards import is_in_shards
@@ -79,20 +80,25 @@ def find_problems(
 ) -> list[Problem]:
     """As `verify_run`, on a connection that is open already; `per_check` None finds all."""
     row = con.execute(
-        "SELECT record_level, plan_id, num_prompts, manifest FROM runs WHERE run_id = ?", [run_id]
+        "SELECT record_level, plan_id, num_prompts, manifest, source FROM runs WHERE run_id = ?",
+        [run_id],
     ).fetchone()
     if row is None:
         raise RunError(f"there is no run {run_id!r} to verify")
-    record_level, plan_id, num_prompts, manifest = row
+    record_level, plan_id, num_prompts, manifest, source = row
     check = partial(_run_check, con, run_id, per_check)
     problems = [
         *_missing_prompts(con, run_id, num_prompts, json.loads(manifest)),
         *check("prompts once", PROMPTS_ONCE),
-        *check("positions", POSITIONS),
-        *check("routed tokens", UNROUTED),
-        *check("usage", USAGE),
         *check("norms", NORMS),
     ]
+    if "positions" in json.loads(manifest).get("lacks", []):  # an import of counts
+        problems += check("usage", USAGE_SHAPE)
+        return problems
+    problems += check("positions", POSITIONS)
+    if source == "recorded":  # what others recorded may have tokens that were not captured
+        problems += check("routed tokens", UNROUTED)
+    problems += check("usage", USAGE)
     if json.loads(manifest).get("arguments", {}).get("norms"):
         problems += check("norms missing", NORMS_MISSING)
     if record_level != "usage":

@@ -6,84 +6,58 @@ per sequence, expert ids of all tokens, then their weights; 64 experts, 6 per to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from moescope.probe.analysis import (
     Filters,
     delta_experts,
     expert_contrast,
+    expert_load,
     expert_specialization,
     load_balance,
 )
-from moescope.probe.storage.locks import insert_rows, writing
+from moescope.probe.interchange.assemble import assemble
+from moescope.probe.interchange.files import digest
+from moescope.probe.interchange.imported import ImportOptions
+from moescope.probe.interchange.into_store import store_import
+from moescope.probe.interchange.registry import importer
 from moescope.probe.storage.store import Store
+from moescope.probe.storage.verify import verify_run
 
-EXPERTS, TOP_K, LAYERS = 64, 6, range(1, 27)
 LAW, SUMMARY = {"domain": ["law"]}, {"domain": ["summary"]}
-
-
-def sequences(folder: Path, layer: int) -> list[np.ndarray]:
-    """The expert ids of each sequence, [tokens, 6]."""
-    lines = (folder / f"expert_weights_{layer}.txt").read_text().splitlines()
-    return [
-        np.array(line.split("\t\t")[0].split("\t"), dtype=np.int64).reshape(-1, TOP_K)
-        for line in lines
-    ]
-
-
-def load_run(path: Path, folders: Sequence[Path]) -> Store:
-    """Both tasks as one run: a prompt per sequence, its usage per layer."""
-    usage = []
-    prompts: dict[int, tuple[str, int]] = {}
-    for layer in LAYERS:
-        prompt_id = 0
-        for folder in folders:
-            for ids in sequences(folder, layer):
-                prompts[prompt_id] = (folder.name, len(ids))
-                counts = np.bincount(ids.ravel(), minlength=EXPERTS)
-                usage.append((prompt_id, layer, len(ids), counts))
-                prompt_id += 1
-    zeros = [[0.0] * EXPERTS] * len(usage)
-    arrays = {
-        "prompt_id": [row[0] for row in usage], "phase": ["prompt"] * len(usage),
-        "segment": ["user"] * len(usage), "is_special": [False] * len(usage),
-        "layer": [row[1] for row in usage], "kind": ["mlp"] * len(usage),
-        "routed_tokens": [row[2] for row in usage],
-        "num_tokens": [row[3].tolist() for row in usage],
-        "weight_sum": zeros, "prob_sum": zeros,
-    }  # fmt: skip
-    layers = [
-        {"layer": layer, "kind": "mlp", "moe_layer": layer - 1, "module": "gate",
-         "num_experts": EXPERTS, "top_k": TOP_K, "num_shared_experts": 2} for layer in LAYERS
-    ]  # fmt: skip
-    rows = [
-        {"prompt_id": prompt_id, "text": "", "rendered_text": "", "set_name": "esft",
-         "domain": domain, "num_tokens": length, "num_generated": 0}
-        for prompt_id, (domain, length) in prompts.items()
-    ]  # fmt: skip
-    with writing(path) as con:
-        con.execute(
-            "INSERT INTO runs (run_id, model, created_at, status, source, record_level, manifest) "
-            "VALUES ('real', 'deepseek-v2-lite', now(), 'complete', 'import:esft', 'usage', '{}')"
-        )
-        insert_rows(con, "layers", pa.Table.from_pylist(layers), run_id="real")
-        insert_rows(con, "prompts", pa.Table.from_pylist(rows), run_id="real")
-        insert_rows(con, "usage_arrays", pa.table(arrays), run_id="real")
-    return Store(path)
+DATA = Path(__file__).resolve().parents[4] / "shared/data/deepseek_v2_lite_routing"
 
 
 @pytest.fixture(scope="module")
 def real_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    data = Path(__file__).resolve().parents[4] / "shared/data/deepseek_v2_lite_routing"
-    if not data.is_dir():
-        pytest.skip(f"real recorded routing is not here ({data})")
-    path = tmp_path_factory.mktemp("real") / "store.duckdb"
-    return load_run(path, [data / "law", data / "summary"])
+    if not DATA.is_dir():
+        pytest.skip(f"real recorded routing is not here ({DATA})")
+    store = tmp_path_factory.mktemp("real") / "store.duckdb"
+    paths, options = [DATA / "law", DATA / "summary"], ImportOptions(model="deepseek-v2-lite")
+    imported = importer("esft").read(paths, options)
+    store_import(assemble(imported, options, digest(paths)), store, "real")
+    assert verify_run(Store(store), "real") == []
+    return Store(store)
+
+
+def test_published_scores_of_the_authors(real_store: Store) -> None:
+    """Their scores are rounded to four digits."""
+    published = json.loads((DATA / "summary" / "summary.json").read_text())
+    frame = expert_load(real_store, "real", filters=Filters(fields=SUMMARY)).frame
+    means = real_store.query(
+        "SELECT layer, expert, sum(weight_sum) / 8479 AS mean FROM usage "
+        "JOIN prompts USING (run_id, prompt_id) WHERE domain = 'summary' GROUP BY ALL"
+    ).set_index(["layer", "expert"])["mean"]
+    assert len(frame) == len(means) == 26 * 64
+    for row in frame.to_dict("records"):
+        layer, expert = str(row["layer"]), str(row["expert"])
+        assert row["load"] == pytest.approx(published["token_scores"][layer][expert], abs=5.01e-5)
+        mean = means[row["layer"], row["expert"]]
+        assert mean == pytest.approx(published["gate_scores"][layer][expert], abs=5.01e-5)
 
 
 def test_balance_of_file_13(real_store: Store) -> None:
