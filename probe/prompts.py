@@ -2,6 +2,8 @@
 
 A line has `prompt` (text) or `messages` (chat turns, the last one the user's) and optionally
 `id, label, lang, domain, pair_id, target, answer, span`; other fields are kept in `meta`.
+Files of well-known sets are read as they are (`prompt_fields.py`), and a line may be a template for
+many prompts (`prompt_templates.py`).
 Nothing here knows a tokenizer or a model.
 """
 
@@ -15,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from moescope.probe.errors import PromptFileError
+from moescope.probe.prompt_fields import FieldError, PromptSet, no_text, recognize
+from moescope.probe.prompt_templates import expand_template, is_template
 from moescope.probe.shipped import shipped_path, shipped_prompt_sets
 
+_JSON_LINES = (".jsonl", ".ndjson")
 ROLES = ("system", "user", "assistant")
 _TEXT_FIELDS = ("label", "lang", "domain", "pair_id", "target", "answer", "span")
 _KNOWN_FIELDS = frozenset({"id", "prompt", "messages", *_TEXT_FIELDS})
@@ -54,12 +59,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptFile:
-    """One file as read: its prompts, its hash, and the lines left out."""
+    """One file as read: its prompts, its hash, and the lines left out.
+
+    `recognized` names the set that it was read as; None is our own format.
+    """
 
     path: Path
     sha256: str
     prompts: tuple[Prompt, ...]
     skipped: tuple[str, ...]
+    recognized: str | None = None
 
 
 def read_prompts(paths: Sequence[str | Path], *, limit: int | None = None) -> list[Prompt]:
@@ -111,35 +120,63 @@ def _read_file(path: Path, first_id: int, skip_bad_lines: bool) -> PromptFile:
         content = path.read_bytes()
     except OSError as error:
         raise PromptFileError(f"{path} cannot be read: {error.strerror}") from error
-    for line, record in _records(path, content):
+    records = list(_records(path, content))
+    known = recognize(_plain_records(path, records), path.stem)
+    for line, record in records:
         try:
-            prompt = _prompt(record, first_id + len(prompts), path.stem)
-            if prompt.key is not None and prompt.key in seen:
-                raise _FieldError("id", f"{prompt.key!r} was used in line {seen[prompt.key]}")
-        except _FieldError as error:
+            made = [
+                _prompt(own, first_id + len(prompts) + index, path.stem)
+                for index, own in enumerate(_own_records(path, record, known))
+            ]
+            for key in (prompt.key for prompt in made if prompt.key in seen):
+                raise FieldError("id", f"{key!r} was used in line {seen[key]}")
+        except FieldError as error:
             problem = f"{path}, line {line}, field {error.name!r}: {error.problem}"
             if not skip_bad_lines:
                 raise PromptFileError(problem) from error
             skipped.append(problem)
             continue
-        if prompt.key is not None:
-            seen[prompt.key] = line
-        prompts.append(prompt)
-    digest = hashlib.sha256(content).hexdigest()
-    return PromptFile(path=path, sha256=digest, prompts=tuple(prompts), skipped=tuple(skipped))
+        seen.update((prompt.key, line) for prompt in made if prompt.key is not None)
+        prompts.extend(made)
+    return PromptFile(
+        path=path,
+        sha256=hashlib.sha256(content).hexdigest(),
+        prompts=tuple(prompts),
+        skipped=tuple(skipped),
+        recognized=None if known is None else known.name,
+    )
 
 
-class _FieldError(Exception):
-    def __init__(self, name: str, problem: str) -> None:
-        super().__init__(name, problem)
-        self.name = name
-        self.problem = problem
+def _plain_records(
+    path: Path, records: Sequence[tuple[int, Mapping[str, Any] | FieldError]]
+) -> list[Mapping[str, Any]]:
+    """The lines whose columns tell what set the file is."""
+    return [
+        record
+        for _, record in records
+        if not isinstance(record, FieldError) and not _is_template(path, record)
+    ]
 
 
-def _records(path: Path, content: bytes) -> Iterator[tuple[int, Mapping[str, Any] | _FieldError]]:
+def _is_template(path: Path, record: Mapping[str, Any]) -> bool:
+    return path.suffix.lower() in _JSON_LINES and is_template(record)
+
+
+def _own_records(
+    path: Path, record: Mapping[str, Any] | FieldError, known: PromptSet | None
+) -> Sequence[Mapping[str, Any]]:
+    """A line's prompts as lines of our own format: one, or several of a template or a wide row."""
+    if isinstance(record, FieldError):
+        raise record
+    if _is_template(path, record):
+        return expand_template(record)
+    return [record] if known is None else known.own_records(record, path.stem)
+
+
+def _records(path: Path, content: bytes) -> Iterator[tuple[int, Mapping[str, Any] | FieldError]]:
     """Each line's number (from 1, as an editor counts) and its fields, or what is wrong."""
     suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
+    if suffix in _JSON_LINES:
         yield from _jsonl_records(path, content)
     elif suffix == ".csv":
         yield from _csv_records(path, content)
@@ -161,7 +198,7 @@ def _decoded(path: Path, content: bytes) -> str:
 
 def _jsonl_records(
     path: Path, content: bytes
-) -> Iterator[tuple[int, Mapping[str, Any] | _FieldError]]:
+) -> Iterator[tuple[int, Mapping[str, Any] | FieldError]]:
     # Not str.splitlines: it also breaks at characters that JSON allows inside a string.
     for number, text in enumerate(_decoded(path, content).split("\n"), 1):
         if not text.strip():
@@ -169,10 +206,10 @@ def _jsonl_records(
         try:
             record = json.loads(text)
         except ValueError as error:
-            yield number, _FieldError("(line)", f"not JSON ({error})")
+            yield number, FieldError("(line)", f"not JSON ({error})")
             continue
         if not isinstance(record, dict):
-            yield number, _FieldError("(line)", "not a JSON object")
+            yield number, FieldError("(line)", "not a JSON object")
             continue
         yield number, record
 
@@ -200,18 +237,16 @@ def _parquet_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         yield number, {name: value for name, value in record.items() if value is not None}
 
 
-def _prompt(record: Mapping[str, Any] | _FieldError, prompt_id: int, set_name: str) -> Prompt:
-    if isinstance(record, _FieldError):
-        raise record
+def _prompt(record: Mapping[str, Any], prompt_id: int, set_name: str) -> Prompt:
     messages = _messages(record)
     text = messages[-1]["content"] if messages else _text(record)
     fields = {name: _optional_text(record, name) for name in _TEXT_FIELDS}
     span = fields["span"]
     if span is not None and span not in text:
-        raise _FieldError("span", f"{span!r} does not occur in the prompt")
+        raise FieldError("span", f"{span!r} does not occur in the prompt")
     key = record.get("id")
     if key is not None and not isinstance(key, (str, int)):
-        raise _FieldError("id", f"expected text or a whole number, got {key!r}")
+        raise FieldError("id", f"expected text or a whole number, got {key!r}")
     return Prompt(
         prompt_id=prompt_id,
         key=None if key is None else str(key),
@@ -226,10 +261,10 @@ def _prompt(record: Mapping[str, Any] | _FieldError, prompt_id: int, set_name: s
 
 def _text(record: Mapping[str, Any]) -> str:
     if "prompt" not in record:
-        raise _FieldError("prompt", "missing; a line needs `prompt` or `messages`")
+        raise no_text(record)
     text = record["prompt"]
     if not isinstance(text, str) or not text.strip():
-        raise _FieldError("prompt", f"expected text, got {text!r}")
+        raise FieldError("prompt", f"expected text, got {text!r}")
     return text
 
 
@@ -238,7 +273,7 @@ def _optional_text(record: Mapping[str, Any], name: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, (str, int)) or value == "":
-        raise _FieldError(name, f"expected text, got {value!r}")
+        raise FieldError(name, f"expected text, got {value!r}")
     return str(value)
 
 
@@ -246,20 +281,20 @@ def _messages(record: Mapping[str, Any]) -> tuple[Mapping[str, str], ...] | None
     if "messages" not in record:
         return None
     if "prompt" in record:
-        raise _FieldError("messages", "a line has `prompt` or `messages`, not both")
+        raise FieldError("messages", "a line has `prompt` or `messages`, not both")
     messages = record["messages"]
     if not isinstance(messages, list) or not messages:
-        raise _FieldError("messages", "expected a list of {role, content}")
+        raise FieldError("messages", "expected a list of {role, content}")
     turns: list[Mapping[str, str]] = []
     for turn in messages:
         if not isinstance(turn, Mapping) or turn.get("role") not in ROLES:
-            raise _FieldError("messages", f"each turn needs a role out of {', '.join(ROLES)}")
+            raise FieldError("messages", f"each turn needs a role out of {', '.join(ROLES)}")
         content = turn.get("content")
         if not isinstance(content, str) or not content.strip():
-            raise _FieldError("messages", f"the {turn['role']} turn has no text in `content`")
+            raise FieldError("messages", f"the {turn['role']} turn has no text in `content`")
         turns.append({"role": str(turn["role"]), "content": content})
     if turns[-1]["role"] != "user":
-        raise _FieldError("messages", "the last turn must be the user's")
+        raise FieldError("messages", "the last turn must be the user's")
     return tuple(turns)
 
 

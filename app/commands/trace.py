@@ -189,6 +189,8 @@ def run_trace(arguments: TraceArguments) -> None:
 
     files = read_prompt_files(arguments.prompts, skip_bad_lines=arguments.skip_bad_lines)
     prompts = [prompt for file in files for prompt in file.prompts][: arguments.limit]
+    for file in (file for file in files if file.recognized is not None):
+        console.say(f"{file.path}: read as {file.recognized} ({len(file.prompts):,} prompts)")
     for problem in (problem for file in files for problem in file.skipped):
         console.say(f"skipped: {problem}")
     check_run_name(arguments.run)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moescope.probe.errors import PromptFileError
-from moescope.probe.prompts import read_prompt_files, read_prompts
+from moescope.probe.prompt_fields import ONE_COLUMN, SETS
+from moescope.probe.prompts import Prompt, read_prompt_files, read_prompts
 
 
 def write(path: Path, *lines: object) -> Path:
@@ -107,3 +112,129 @@ def test_a_bad_file_is_one_sentence(
         path.write_bytes(content)
     with pytest.raises(PromptFileError, match=problem):
         read_prompts([path])
+
+
+TEMPLATE = {
+    "id": "t", "template": "What happened {time}{place}?", "time": ["in 1990 ", "", 7],
+    "place": ["in Oslo", "in {Rome}"], "label": "neutral", "source": "made up",
+}  # fmt: skip
+
+
+def test_a_template_is_the_product_of_its_lists(tmp_path: Path) -> None:
+    lines = ({"prompt": "Hi"}, TEMPLATE, {"id": "last", "prompt": "Bye"})
+    (file,) = read_prompt_files([write(tmp_path / "set.jsonl", *lines)])
+    assert file.recognized is None
+    assert [prompt.prompt_id for prompt in file.prompts] == list(range(8))
+    made = file.prompts[1:-1]
+    assert [prompt.text for prompt in made] == [
+        "What happened in 1990 in Oslo?", "What happened in 1990 in {Rome}?",
+        "What happened in Oslo?", "What happened in {Rome}?",
+        "What happened 7in Oslo?", "What happened 7in {Rome}?",
+    ]  # fmt: skip
+    assert [prompt.key for prompt in made] == ["t-0-0", "t-0-1", "t-1-0", "t-1-1", "t-2-0", "t-2-1"]
+    assert [prompt.pair_id for prompt in made[::2]] == ["in 1990 ", "t-1", "7"]
+    assert {prompt.label for prompt in made} == {"neutral"}
+    assert made[1].meta == {"time": "in 1990 ", "place": "in {Rome}", "source": "made up"}
+
+
+def test_a_template_may_fill_our_own_fields_repeat_a_placeholder_and_hold_braces(
+    tmp_path: Path,
+) -> None:
+    line = {"template": "{{{span}}} or {span}?", "span": ["Rome", "Oslo"], "pair_id": "p"}
+    prompts = read_prompts([write(tmp_path / "set.jsonl", line)])
+    assert [(p.key, p.text, p.span, p.pair_id, p.meta) for p in prompts] == [
+        ("template-0", "{Rome} or Rome?", "Rome", "p", {}),
+        ("template-1", "{Oslo} or Oslo?", "Oslo", "p", {}),
+    ]
+
+
+def test_template_is_an_ordinary_field_beside_a_prompt_and_outside_json_lines(
+    tmp_path: Path,
+) -> None:
+    own = write(tmp_path / "own.jsonl", {"prompt": "Hi", "template": "{x}"})
+    table = write(tmp_path / "set.csv", "text,template", "Hi,{x}")
+    assert [prompt.meta for prompt in read_prompts([own, table])] == [{"template": "{x}"}] * 2
+
+
+BIG = {"a": list(range(400)), "b": list(range(251))}
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "problem"),
+    [
+        ({"template": 3}, "template", "expected text"),
+        ({"template": "Why?"}, "template", "names no {placeholder}"),
+        ({"template": "Why {", "x": ["a"]}, "template", "written twice"),
+        ({"template": "Why {}?"}, "template", "a field's name in braces"),
+        ({"template": "Why {x!r}?", "x": ["a"]}, "template", "a field's name in braces"),
+        ({"template": "Why {x:>9}?", "x": ["a"]}, "template", "a field's name in braces"),
+        ({"template": "Why {who}?"}, "template", "names {who}, but the line has no field 'who'"),
+        ({"template": "Why {id}?", "id": ["a"]}, "template", "{id} cannot be a placeholder"),
+        ({"template": "Why {who}?", "who": "Ada"}, "who", "expected a list of values"),
+        ({"template": "Why {who}?", "who": []}, "who", "is empty"),
+        ({"template": "Why {who}?", "who": [None]}, "who", "expected texts or numbers"),
+        ({"template": "Why {who}?", "who": ["a"], "id": 0.5}, "id", "a whole number"),
+        ({"template": "{who}", "who": ["a", " "]}, "prompt", "expected text"),
+        ({"template": "{a}{b}", **BIG}, "template", "expands to 100,400 prompts; at most 100,000"),
+    ],
+)
+def test_a_bad_template_names_file_line_and_field(
+    tmp_path: Path, line: dict[str, Any], field: str, problem: str
+) -> None:
+    path = write(tmp_path / "set.jsonl", {"prompt": "Hi"}, line)
+    with pytest.raises(PromptFileError) as caught:
+        read_prompts([path])
+    message = str(caught.value)
+    assert message.startswith(f"{path}, line 2, field {field!r}: ") and problem in message
+
+
+def test_two_templates_without_ids_are_told_apart_by_an_error(tmp_path: Path) -> None:
+    line = {"template": "Why {who}?", "who": ["Ada"]}
+    path = write(tmp_path / "set.jsonl", line, line)
+    with pytest.raises(
+        PromptFileError, match=r"line 2, field 'id': 'template-0' was used in line 1"
+    ):
+        read_prompts([path])
+
+
+WORDS = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
+OWN_FIELDS = ("label", "lang", "domain", "pair_id", "target", "answer")
+COLUMNS = sorted(
+    {name for known in (*SETS, *ONE_COLUMN) for name in known.required}
+    - {"id", "prompt", "messages", "type", *OWN_FIELDS}
+    | {"template", "sentence_eng_Latn", "focus", "note"}
+)
+RECORDS = st.tuples(
+    WORDS,
+    st.booleans(),
+    st.dictionaries(st.sampled_from(OWN_FIELDS), WORDS),
+    st.dictionaries(st.sampled_from(COLUMNS), WORDS | st.integers() | st.lists(WORDS)),
+)
+
+
+@given(lines=st.lists(RECORDS, min_size=1, max_size=4), stem=st.sampled_from(["set", "harmful"]))
+def test_a_file_in_our_own_format_is_read_exactly_as_before(
+    lines: list[tuple[str, bool, dict[str, str], dict[str, Any]]], stem: str
+) -> None:
+    rows: list[dict[str, Any]] = []
+    expected: list[Prompt] = []
+    for number, (text, chat, own, meta) in enumerate(lines):
+        turns = [{"role": "user", "content": text}]
+        rows.append(
+            {
+                "id": f"k{number}",
+                **({"messages": turns} if chat else {"prompt": text}),
+                **own,
+                **meta,
+            }
+        )
+        expected.append(
+            Prompt(
+                prompt_id=number, key=f"k{number}", text=text, set_name=stem, meta=meta,
+                messages=tuple(turns) if chat else None, expected=own.get("answer"),
+                **{name: value for name, value in own.items() if name != "answer"},
+            )
+        )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        (file,) = read_prompt_files([write(Path(folder) / f"{stem}.jsonl", *rows)])
+    assert file.prompts == tuple(expected) and file.recognized is None and file.skipped == ()

@@ -166,8 +166,8 @@ def _sequence(row: dict[Any, Any], length: int, number: int, place: str) -> Impo
     messages = _listed(row.get("messages")) or []
     asked = [
         turn["content"] for turn in messages
-        if isinstance(turn, dict) and turn.get("role") == "user"
-        and isinstance(turn.get("content"), str)
+        if isinstance(turn, dict) and isinstance(turn.get("content"), str)
+        and isinstance(turn.get("role"), str) and turn["role"] == "user"
     ]  # fmt: skip
     return ImportedSequence(
         num_tokens=length,

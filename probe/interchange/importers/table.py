@@ -126,11 +126,11 @@ def _read_table(path: Path, report: ImportReport) -> pa.Table:
             table = pa_json.read_json(path)
         else:
             raise ImportFileError(f"{path} ends in {suffix!r}; a table is .parquet, .csv or .jsonl")
+        columns = ["sequence" if name == "prompt_id" else name for name in table.column_names]
     except (pa.ArrowException, OSError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ImportFileError(f"{path} cannot be read as {suffix[1:]}: {first}") from error
-    names = {"prompt_id": "sequence"}
-    table = table.rename_columns([names.get(name, name) for name in table.column_names])
+    table = table.rename_columns(columns)
     missing = [name for name in _REQUIRED if name not in table.column_names]
     if missing:
         raise ImportFileError(
