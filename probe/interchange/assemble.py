@@ -285,7 +285,8 @@ class _Tokens:
             for sequence in sequences
         ])  # fmt: skip
         routed = imported.slots[0].experts[rows, 0] != MISSING
-        ids, texts = [], []
+        ids: list[Any] = []
+        texts: list[str] = []
         for sequence in sequences:
             number = sequence.num_tokens
             ids.append(np.full(number, -1) if sequence.token_ids is None else sequence.token_ids)

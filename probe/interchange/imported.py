@@ -157,7 +157,7 @@ def check_ids(experts: Array, num_experts: int, where: str) -> Array:
     if experts.ndim != 2 or experts.shape[1] < 1:
         raise ImportFileError(f"{where}: expected ids as [tokens, k], got {list(experts.shape)}")
     if experts.shape[1] > 1:
-        captured = (experts != experts[:, :1]).any(axis=1)
+        captured: Array = (experts != experts[:, :1]).any(axis=1)
     else:
         captured = experts[:, 0] != MISSING
     rows = experts[captured]

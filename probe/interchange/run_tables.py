@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from moescope.probe.errors import InputError, MoescopeError
 from moescope.probe.storage.copying import require_table
-from moescope.probe.storage.in_shards import STAYING_TABLES, is_in_shards
+from moescope.probe.storage.in_shards import is_in_shards
 from moescope.probe.storage.slots import as_stored
 
 SHOWN_TABLES: Final = ("runs", "layers", "prompts", "tokens", "usage", "routing")
@@ -27,6 +27,7 @@ TEXT_COLUMNS: Final = {
 _REQUIRED_TEXT: Final = ("text", "rendered_text", "token")
 _ROWS_AT_ONCE: Final = {"usage_arrays": 8_192, "router_probs": 32_768}
 _MOST_ROWS: Final = 262_144
+_UTC: Final = pa.timestamp("us", tz="UTC")
 _ORDER: Final = {
     "layers": "ORDER BY kind, layer",
     "prompts": "ORDER BY prompt_id",
@@ -73,18 +74,31 @@ def stream(
     )
     reader = result.to_arrow_reader(_ROWS_AT_ONCE.get(table, _MOST_ROWS))
     stored = table == "routing_arrays" and is_in_shards(con, run_id)
-    return RowStream(reader.schema, _batches(reader, table, stored=stored, bare=without_text))
+    schema = in_utc(reader.schema)
+    return RowStream(schema, _batches(reader, table, schema, stored=stored, bare=without_text))
 
 
-def _batches(reader: Any, table: str, *, stored: bool, bare: bool) -> Iterator[pa.RecordBatch]:
+def in_utc(schema: pa.Schema) -> pa.Schema:
+    """The same with times in UTC; DuckDB shows them in the time zone of this machine."""
+    return pa.schema(
+        [
+            (field.name, _UTC if pa.types.is_timestamp(field.type) else field.type)
+            for field in schema
+        ]
+    )
+
+
+def _batches(
+    reader: Any, table: str, schema: pa.Schema, *, stored: bool, bare: bool
+) -> Iterator[pa.RecordBatch]:
     try:
         for batch in reader:
             whole = pa.Table.from_batches([batch])
             if stored:  # a shard's rows have their weights in one form only
-                whole = as_stored(whole.drop_columns(["bf16_weights"])).cast(batch.schema)
+                whole = as_stored(whole.drop_columns(["bf16_weights"]))
             if bare and table == "runs":
                 whole = _without_prompt_text(whole)
-            yield from whole.to_batches()
+            yield from whole.cast(schema).to_batches()
     except (pa.ArrowException, OSError) as error:  # DuckDB's, through Arrow's interface
         raise MoescopeError(f"reading {table} failed: {str(error).splitlines()[0]}") from error
 
@@ -117,14 +131,6 @@ def _without_prompt_text(runs: pa.Table) -> pa.Table:
     return runs.set_column(place, runs.schema.field(place), pa.array(manifests, pa.string()))
 
 
-def num_rows(con: duckdb.DuckDBPyConnection, table: str, run_id: str) -> int:
-    """How many rows a run has in a table."""
-    if table not in ("usage", "routing"):
-        require_table(con, table)
-    found = con.execute(f'SELECT count(*) FROM main."{table}" WHERE run_id = ?', [run_id])
-    return int(found.fetchall()[0][0])
-
-
 def run_layers(con: duckdb.DuckDBPyConnection, run_id: str) -> dict[int, tuple[int, int]]:
     """Experts and top-k of every router of a run's decoder layers (kind mlp), by layer, ascending.
 
@@ -139,9 +145,3 @@ def run_layers(con: duckdb.DuckDBPyConnection, run_id: str) -> dict[int, tuple[i
     if not rows:
         raise InputError(f"run {run_id!r} has no routed decoder layer of kind mlp")
     return {layer: (num_experts, top_k) for layer, num_experts, top_k in rows}
-
-
-__all__ = [
-    "SHOWN_TABLES", "STAYING_TABLES", "TEXT_COLUMNS", "RowStream", "num_rows", "run_layers",
-    "stream",
-]  # fmt: skip

@@ -34,9 +34,9 @@ def load_torch(path: Path) -> Any:
 
 def check_growth(path: Path) -> None:
     """Refuse an archive that unpacks to far more than its size (a zip bomb)."""
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError) as error:

@@ -100,7 +100,8 @@ def _read_layer(file: Path, top_k: int) -> tuple[list[int], Array, Array]:
             raise ImportFileError(f"{place}: expected ids, an empty column, and weights")
         try:
             some_ids = np.array(halves[0].split("\t"), dtype=np.int64)
-            some_weights = np.array(halves[1].split("\t"), dtype=np.float32)
+            with np.errstate(over="ignore"):  # infinities are refused later
+                some_weights = np.array(halves[1].split("\t"), dtype=np.float32)
         except (ValueError, OverflowError) as error:
             raise ImportFileError(f"{place}: {error}") from error
         if len(some_ids) != len(some_weights) or len(some_ids) % top_k:

@@ -81,8 +81,9 @@ def _sequence(
     told: dict[str, Any] = next(
         (reply[name] for name in ("meta_info", "usage") if isinstance(reply.get(name), dict)), {}
     )
-    prompt, completion = told.get("prompt_tokens"), told.get("completion_tokens")
-    total = prompt + completion if _are_counts(prompt, completion) else None
+    counts = [told.get(f"{part}_tokens") for part in ("prompt", "completion")]
+    known = [count for count in counts if isinstance(count, int) and count >= 0]
+    total = sum(known) if len(known) == 2 else None
     layers = len(options.layers) if options.layers is not None else None
     if layers is None:
         if not total or total < 2 or len(flat) % ((total - 1) * int(options.top_k or 1)):
@@ -99,17 +100,13 @@ def _sequence(
     rows = len(ids) + 1  # the last sampled token has none
     before = total - rows if total is not None and rows <= total < rows + 10_000_000 else 0
     ids = np.pad(ids, ((before, 1), (0, 0), (0, 0)), constant_values=MISSING)
-    generated = completion if total == len(ids) else 0
+    generated = known[1] if total == len(ids) else 0
     text, answer = texts_of(reply, owner)
     if isinstance(owner.get("text"), str):
         answer = owner["text"]
     return ImportedSequence(
         num_tokens=len(ids), num_generated=generated, key=place, text=text, response=answer
     ), ids
-
-
-def _are_counts(*values: Any) -> bool:
-    return all(isinstance(value, int) and value >= 0 for value in values)
 
 
 def _int32(value: Any, place: str) -> Array:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import pandas as pd
 
 from moescope.probe.errors import ImportFileError
 from moescope.probe.interchange.files import one_file
@@ -31,7 +30,7 @@ from moescope.probe.interchange.imported import (
     LayerSlots,
     decoder_layers,
 )
-from moescope.probe.interchange.pickles import numbers, read_frame
+from moescope.probe.interchange.pickles import Columns, numbers, read_frame, real_value
 from moescope.probe.interchange.registry import Importer
 from moescope.probe.interchange.report import ImportReport
 from moescope.probe.interchange.rules import select_slots
@@ -43,7 +42,7 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Imported:
     """Read one pickled table."""
     path = one_file(paths, "steermoe")
     frame = read_frame(path)
-    columns = [str(name) for name in frame.columns]
+    columns = list(frame.columns)
     if set(_TABLE) <= set(columns):
         return _table(frame, path, options)
     if "router_logits" in columns:
@@ -54,7 +53,7 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Imported:
     )
 
 
-def _table(frame: pd.DataFrame, path: Path, options: ImportOptions) -> Imported:
+def _table(frame: Columns, path: Path, options: ImportOptions) -> Imported:
     report = ImportReport("steermoe", "table of risk differences")
     report.lacks += ["weights", "order", "scores", "token ids", "text", "phases", "positions"]
     column = {name: numbers(frame, name, path) for name in _TABLE}
@@ -63,11 +62,15 @@ def _table(frame: pd.DataFrame, path: Path, options: ImportOptions) -> Imported:
     layer, expert = column["layer"].astype(np.int64), column["expert"].astype(np.int64)
     if layer.max(initial=0) >= MOST_LAYERS or expert.max(initial=0) >= MOST_EXPERTS:
         raise ImportFileError(f"{path}: layer {layer.max()} or expert {expert.max()} is too large")
+    if not frame.num_rows:
+        raise ImportFileError(f"{path} has no row")
     numbered = np.unique(layer)
     width = int(expert.max()) + 1
-    if len(frame) != len(numbered) * width or len({*zip(layer, expert, strict=True)}) != len(frame):
+    places = {*zip(layer.tolist(), expert.tolist(), strict=True)}
+    if not frame.num_rows == len(places) == len(numbered) * width:
         raise ImportFileError(
-            f"{path} has {len(frame)} rows, {len(numbered)} layers x {width} experts are expected"
+            f"{path} has {frame.num_rows} rows, not one for each of {len(numbered)} layers x "
+            f"{width} experts"
         )
     names = list(numbered) if options.layers is None else list(options.layers)
     if len(names) != len(numbered):
@@ -105,15 +108,16 @@ def _top_k(column: dict[str, Array], layer: Array, path: Path, report: ImportRep
     return int(next(iter(found)))
 
 
-def _logits(frame: pd.DataFrame, path: Path, options: ImportOptions) -> Imported:
+def _logits(frame: Columns, path: Path, options: ImportOptions) -> Imported:
     report = ImportReport("steermoe", "raw logits")
     report.lacks += ["phases"]
-    attributes = frame.attrs if isinstance(frame.attrs, dict) else {}
+    attributes = frame.attrs
     told = attributes.get("num_experts_per_tok")
     if options.top_k is None and isinstance(told, int):
         options = replace(options, top_k=told)
     arrays, sequences = [], []
-    for number, row in enumerate(frame.to_dict("records")):
+    for number in range(frame.num_rows):
+        row = {name: real_value(values[number]) for name, values in frame.columns.items()}
         place = f"{path}, row {number}"
         logits = _array(row["router_logits"], place)
         arrays.append(logits)

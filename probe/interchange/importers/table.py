@@ -126,6 +126,7 @@ def _read_table(path: Path, report: ImportReport) -> pa.Table:
             table = pa_json.read_json(path)
         else:
             raise ImportFileError(f"{path} ends in {suffix!r}; a table is .parquet, .csv or .jsonl")
+        table.validate(full=True)  # also that texts are UTF-8
         columns = ["sequence" if name == "prompt_id" else name for name in table.column_names]
     except (pa.ArrowException, OSError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -148,7 +149,7 @@ def _integers(table: pa.Table, name: str) -> Array:
     try:
         values: Array = column.cast(pa.int64()).to_numpy()
     except pa.ArrowException as error:
-        raise ImportFileError(f"column {name!r} holds no whole numbers: {error}") from error
+        raise ImportFileError(f"column {name!r} does not hold whole numbers alone") from error
     limit = {"layer": MOST_LAYERS, "position": _LONGEST}.get(name, 1 << 31)
     if values.min() < 0 or values.max() >= limit:
         raise ImportFileError(
@@ -175,7 +176,7 @@ def _weights(table: pa.Table) -> Array | None:
     try:
         values: Any = table["weight"].cast(pa.float32()).to_numpy()
     except pa.ArrowException as error:
-        raise ImportFileError(f"column 'weight' holds no numbers: {error}") from error
+        raise ImportFileError("column 'weight' does not hold numbers alone") from error
     return np.asarray(values)
 
 

@@ -1,8 +1,8 @@
-"""Mutated files against one importer: `python fuzz.py GOLDEN_NUMBER REPETITIONS SEED`.
+"""Mutated files against importers: `python fuzz.py GOLDEN_NUMBERS REPETITIONS SEED`.
 
 Each file ends in an import whose invariants hold or in an error that the command line turns into a
-sentence and exit code 2. Prints what happened as JSON; any other end, too long a time, or anything
-that smells of running code ends the process with a traceback.
+sentence and exit code 2. Prints what happened, a line of JSON each; any other end, too long a time,
+or anything that smells of running code ends the process with a traceback.
 """
 
 from __future__ import annotations
@@ -120,11 +120,18 @@ def too_long(_signal: int, _frame: object) -> None:
 
 
 def main() -> None:
-    global watching
-    case = golden.GOLDEN[int(sys.argv[1])]
-    draw = random.Random(f"{sys.argv[3]}-{sys.argv[1]}")
     sys.addaudithook(audit)
     signal.signal(signal.SIGALRM, too_long)
+    for number in sys.argv[1].split(","):
+        ends = mutated(golden.GOLDEN[int(number)], int(sys.argv[2]), f"{sys.argv[3]}-{number}")
+        sys.stdout.write(json.dumps(ends) + "\n")
+        sys.stdout.flush()
+
+
+def mutated(case: Any, rounds: int, seed: str) -> dict[str, Any]:
+    """Mutate the files of a golden so many times."""
+    global watching
+    draw = random.Random(seed)
     ends = {"refused": 0, "imported": 0}
     longest = 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +142,7 @@ def main() -> None:
         files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
         size = sum((whole / file).stat().st_size for file in files)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for number in range(int(sys.argv[2])):
+        for number in range(rounds):
             shutil.copytree(whole, broken)
             file = broken / draw.choice(files)
             file.write_bytes(mutate(file.read_bytes(), draw))
@@ -145,7 +152,7 @@ def main() -> None:
             try:
                 ends[one(case, [broken / path.relative_to(whole) for path in paths])] += 1
             except BaseException:
-                shutil.copy(file, f"/tmp/fuzz-{sys.argv[1]}-{number}{file.suffix}")
+                sys.stderr.write(f"{case.name}, round {number}: {file.read_bytes()[:4000]!r}\n")
                 raise
             finally:
                 signal.alarm(0)
@@ -154,7 +161,7 @@ def main() -> None:
             shutil.rmtree(broken)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown <= (1 << 30) + 10 * size, f"{grown:,} bytes more"
-    sys.stdout.write(json.dumps({**ends, "longest_s": round(longest, 2), "grown": grown}))
+    return {**ends, "format": case.name, "longest_s": round(longest, 2), "grown": grown}
 
 
 if __name__ == "__main__":

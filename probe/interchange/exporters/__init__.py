@@ -1,0 +1,1 @@
+"""Formats that can be written, one module each."""
