@@ -20,6 +20,7 @@ from moescope.app.commands import (
     analyze,
     demo,
     exchange,
+    exporting,
     families,
     inspect,
     shipped,
@@ -43,6 +44,7 @@ inspect.register(app)
 store.register(app)
 shipped.register(app)
 exchange.register(app)
+exporting.register(app)
 trace.register(app)
 analyze.register(app)
 steer.register(app)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from moescope.app import console
 from moescope.probe.errors import ImportFileError, InputError
+
+if TYPE_CHECKING:
+    from moescope.probe.interchange.report import ImportReport
+
+_ARCHIVE: Final = "archive"
 
 
 def register(app: typer.Typer) -> None:
@@ -63,6 +68,24 @@ def register(app: typer.Typer) -> None:
         _import(format_name, paths, store, run, options, as_json=as_json)
 
 
+def _import_archive(paths: list[Path], store: Path, run: str, *, as_json: bool) -> None:
+    """A run that `moescope export archive` wrote comes back as it was, tables and all."""
+    from moescope.probe.interchange.archive import read_archive
+    from moescope.probe.interchange.files import one_file
+
+    report = read_archive(one_file(paths, _ARCHIVE), store, run, announce=console.say)
+    _tell(report, store, run, as_json=as_json)
+
+
+def _tell(report: ImportReport, store: Path, run: str, *, as_json: bool) -> None:
+    if as_json:
+        console.print_json({**report.to_json(), "lacks": report.lacks})
+        return
+    for line in report.lines():
+        console.say(line)
+    console.say(f"run {run!r} is in {store}")
+
+
 def _import(
     format_name: str, paths: list[Path], store: Path, run: str, options: object, *, as_json: bool
 ) -> None:
@@ -72,6 +95,9 @@ def _import(
     from moescope.probe.interchange.registry import importer
     from moescope.probe.storage.runs import check_run_name, check_store_target
 
+    if format_name == _ARCHIVE:
+        _import_archive(paths, store, run, as_json=as_json)
+        return
     reader = importer(format_name)
     check_run_name(run)
     check_store_target(store)
@@ -87,12 +113,7 @@ def _import(
         raise ImportFileError(told if str(paths[0]) in told else f"{named}: {told}") from error
     with console.progress(f"importing {run}", "prompts") as update:
         store_import(assembled, store, run, announce=console.say, progress=update)
-    if as_json:
-        console.print_json({**imported.report.to_json(), "lacks": imported.report.lacks})
-        return
-    for line in imported.report.lines():
-        console.say(line)
-    console.say(f"run {run!r} is in {store}")
+    _tell(imported.report, store, run, as_json=as_json)
 
 
 def _list_importers(*, as_json: bool) -> None:
@@ -103,6 +124,10 @@ def _list_importers(*, as_json: bool) -> None:
          "holds": one.holds}
         for one in importers().values()
     ]  # fmt: skip
+    rows.append(
+        {"format": _ARCHIVE, "files": "a run that `moescope export archive` wrote (.zip)",
+         "versions": ["moescope-archive 1"], "holds": "everything that the run held"}
+    )  # fmt: skip
     if as_json:
         console.print_json(rows)
         return

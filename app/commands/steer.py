@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moescope.app import console
+from moescope.app.commands.convert import plan_convert
 
 if TYPE_CHECKING:
     from moescope.probe.models import ModelBundle
@@ -32,6 +33,7 @@ def register(app: typer.Typer) -> None:
     plan.command("from-table")(plan_from_table)
     plan.command("show")(plan_show)
     plan.command("check")(plan_check)
+    plan.command("convert")(plan_convert)
     app.add_typer(plan, name="plan")
 
 

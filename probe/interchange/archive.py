@@ -37,6 +37,8 @@ _ROWS_AT_ONCE: Final = 65_536
 _ROWS_OF_ARRAYS_AT_ONCE: Final = 8_192
 _LARGEST_GROWTH: Final = 200
 _GROWTH_FROM: Final = 64 << 20
+_MOST_ROWS_A_BYTE: Final = 20
+"""Rows that repeat each other take almost no space; recorded ones take more than a byte each."""
 _ROWS_FROM: Final = 1_000_000
 
 
@@ -108,7 +110,8 @@ def _stage(archive: OpenedArchive, folder: Path, staged: Path, name: str) -> Imp
     files = {table: archive.extract(member_of(table), folder) for table in RUN_TABLES}
     schemas = table_schemas()
     for table, file in files.items():
-        _check_file(file, schemas[table], archive.rows(member_of(table)))
+        _check_columns(file, schemas[table])
+        _check_size(file, archive.packed(file.name), archive.rows(file.name))
     _check_run(archive.run, files["runs"])
     with writing(staged) as con:
         try:
@@ -136,10 +139,9 @@ def _stage(archive: OpenedArchive, folder: Path, staged: Path, name: str) -> Imp
     return report
 
 
-def _check_file(file: Path, schema: pa.Schema, rows: int) -> None:
-    """Refuse other columns than the store's, and what would unpack to far too much."""
+def _check_columns(file: Path, schema: pa.Schema) -> None:
+    """Refuse what is no Parquet, or has other columns than the store."""
     try:
-        about = pq.read_metadata(file)
         found = pq.read_schema(file)
     except (pa.ArrowException, OSError) as error:
         first = str(error).splitlines()[0]
@@ -147,14 +149,18 @@ def _check_file(file: Path, schema: pa.Schema, rows: int) -> None:
     for one, other in zip_longest(found, schema):
         if one is None or other is None or (one.name, one.type) != (other.name, other.type):
             raise ImportFileError(f"{file.name} has {_shown(one)} where {_shown(other)} should be")
+
+
+def _check_size(file: Path, packed: int, rows: int) -> None:
+    """Refuse what would unpack from these bytes to far too much, or to other rows than stated."""
+    about = pq.read_metadata(file)
     groups = [about.row_group(index) for index in range(about.num_row_groups)]
     unpacked = sum(group.total_byte_size for group in groups)
-    size = file.stat().st_size
-    if unpacked > _LARGEST_GROWTH * size + _GROWTH_FROM or (
-        about.num_rows > _LARGEST_GROWTH * size + _ROWS_FROM
+    if unpacked > _LARGEST_GROWTH * packed + _GROWTH_FROM or (
+        about.num_rows > _MOST_ROWS_A_BYTE * packed + _ROWS_FROM
     ):
         raise ImportFileError(
-            f"{file.name} has {size:,} bytes and would unpack to {unpacked:,} bytes in "
+            f"{file.name} has {packed:,} bytes and would unpack to {unpacked:,} bytes in "
             f"{about.num_rows:,} rows; that is no real recording"
         )
     if about.num_rows != rows:

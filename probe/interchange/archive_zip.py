@@ -57,6 +57,10 @@ class OpenedArchive:
         """How many rows the manifest says a table has."""
         return int(self.manifest["members"][member]["rows"])
 
+    def packed(self, member: str) -> int:
+        """How many bytes of the archive a file takes."""
+        return self.archive.getinfo(member).compress_size
+
     def extract(self, member: str, folder: Path) -> Path:
         """Unpack a file of the archive into a folder.
 

@@ -219,10 +219,7 @@ def _tables(
             tables["usage_arrays"] = pa.concat_tables(
                 _summed(slots, tokens, rows) for slots in imported.slots
             )
-            tables["routing_arrays"] = pa.concat_tables(
-                _routing(slots, tokens, rows, is_ranked=imported.is_ranked)
-                for slots in imported.slots
-            ).sort_by([("prompt_id", "ascending"), ("position", "ascending")])
+            tables["routing_arrays"] = _routing(imported, tokens, rows)
         yield shard_id, tables, part
 
 
@@ -342,31 +339,59 @@ def _summed(slots: LayerSlots, tokens: _Tokens, rows: slice) -> pa.Table:
         sums = np.bincount(cell, weights=weights, minlength=size)
         arrays["weight_sum"] = lists_of(sums.astype(np.float32), width)
     if slots.scores is not None:
-        scores = np.zeros((len(tokens.groups), width))
-        np.add.at(scores, group, slots.scores[rows][tokens.routed])
+        # Tokens of a group follow each other.
+        starts = np.flatnonzero(np.diff(group, prepend=-1))
+        scores = np.add.reduceat(slots.scores[rows][tokens.routed], starts, axis=0, dtype=float)
         arrays["prob_sum"] = lists_of(scores.astype(np.float32).reshape(-1), width)
     routed = np.bincount(group, minlength=len(tokens.groups))
     return tokens.usage(slots.layer, slots.kind, routed, arrays)
 
 
-def _routing(slots: LayerSlots, tokens: _Tokens, rows: slice, *, is_ranked: bool) -> pa.Table:
-    """A layer's rows of arrays; without ranks, the largest weight is first, or the lowest id."""
-    experts = slots.experts[rows][tokens.routed]
-    weights = None if slots.weights is None else slots.weights[rows][tokens.routed]
-    if not is_ranked:
-        order = np.lexsort((experts, *(() if weights is None else (-weights,))), axis=1)
-        experts = np.take_along_axis(experts, order, axis=1)
-        weights = None if weights is None else np.take_along_axis(weights, order, axis=1)
-    number, top_k = experts.shape
+def _routing(imported: Imported, tokens: _Tokens, rows: slice) -> pa.Table:
+    """Rows of arrays, token after token; layers with the same k in one piece."""
+    by_width: dict[int, list[LayerSlots]] = {}
+    for slots in imported.slots:
+        by_width.setdefault(slots.experts.shape[1], []).append(slots)
+    tables = [
+        _routing_of(layers, tokens, rows, is_ranked=imported.is_ranked)
+        for layers in by_width.values()
+    ]
+    if len(tables) == 1:
+        return tables[0]
+    return pa.concat_tables(tables).sort_by(
+        [("prompt_id", "ascending"), ("position", "ascending"), ("layer", "ascending")]
+    )
+
+
+def _routing_of(
+    layers: list[LayerSlots], tokens: _Tokens, rows: slice, *, is_ranked: bool
+) -> pa.Table:
+    """Rows of layers with the same k; without ranks, the largest weight first, or the lowest id."""
+    has_weights = layers[0].weights is not None
+    experts = np.stack([slots.experts[rows][tokens.routed] for slots in layers], axis=1)
+    weights = None
+    if has_weights:
+        weights = np.stack(
+            [np.asarray(slots.weights)[rows][tokens.routed] for slots in layers], axis=1
+        )
+    if not is_ranked and weights is None:
+        experts = np.sort(experts, axis=-1)
+    elif not is_ranked and weights is not None:
+        order = np.lexsort((experts, -weights), axis=-1)
+        experts = np.take_along_axis(experts, order, axis=-1)
+        weights = np.take_along_axis(weights, order, axis=-1)
+    number, width, top_k = experts.shape
+    kinds = pa.array([slots.kind for slots in layers], pa.string())
+    repeated = np.tile(np.arange(width), number)
     return pa.table(
         {
-            "prompt_id": tokens.prompt_id[tokens.routed],
-            "position": tokens.position[tokens.routed],
-            "layer": np.full(number, slots.layer),
-            "kind": pa.array([slots.kind] * number, pa.string()),
-            "is_ranked": np.full(number, is_ranked or weights is not None),
+            "prompt_id": np.repeat(tokens.prompt_id[tokens.routed], width),
+            "position": np.repeat(tokens.position[tokens.routed], width),
+            "layer": np.array([slots.layer for slots in layers])[repeated],
+            "kind": kinds.take(pa.array(repeated)),
+            "is_ranked": np.full(number * width, is_ranked or has_weights),
             "experts": lists_of(experts.astype(np.uint16).reshape(-1), top_k),
-            "weights": pa.nulls(number, pa.list_(pa.float32()))
+            "weights": pa.nulls(number * width, pa.list_(pa.float32()))
             if weights is None
             else lists_of(weights.astype(np.float32).reshape(-1), top_k),
         }

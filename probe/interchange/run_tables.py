@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -41,20 +42,22 @@ class RowStream:
 
     Attributes:
         schema: their columns.
-        batches: the rows, in pieces; to be read once, while the connection is open.
+        batches: the rows, in pieces; to be read once, within the block.
     """
 
     schema: pa.Schema
     batches: Iterator[pa.RecordBatch]
 
 
+@contextmanager
 def stream(
     con: duckdb.DuckDBPyConnection, table: str, run_id: str, *, without_text: bool = False
-) -> RowStream:
+) -> Iterator[RowStream]:
     """A run's rows of a table or view of the store, `run_id` included.
 
     Short tables are in the order of their keys; long ones in that in which they are stored, for
-    sorting them would take as much memory as they do.
+    sorting them would take as much memory as they do. The connection can do nothing else within the
+    block, and keeps nothing open after it, also after a failure.
 
     Args:
         con: a reader's connection.
@@ -67,15 +70,18 @@ def stream(
     """
     if table not in ("usage", "routing"):
         require_table(con, table)
+    stored = table == "routing_arrays" and is_in_shards(con, run_id)
     columns = _columns(table) if without_text else "*"
     result = con.sql(
         f'SELECT {columns} FROM main."{table}" WHERE run_id = ? {_ORDER.get(table, "")}',
         params=[run_id],
     )
     reader = result.to_arrow_reader(_ROWS_AT_ONCE.get(table, _MOST_ROWS))
-    stored = table == "routing_arrays" and is_in_shards(con, run_id)
-    schema = in_utc(reader.schema)
-    return RowStream(schema, _batches(reader, table, schema, stored=stored, bare=without_text))
+    try:
+        schema = in_utc(reader.schema)
+        yield RowStream(schema, _batches(reader, table, schema, stored=stored, bare=without_text))
+    finally:
+        reader.close()  # an open result would keep the store's file from writers
 
 
 def in_utc(schema: pa.Schema) -> pa.Schema:

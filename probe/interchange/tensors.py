@@ -39,7 +39,7 @@ def check_growth(path: Path) -> None:
             return
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
         raise ImportFileError(f"{path} is a damaged archive: {error}") from error
     if unpacked > _LARGEST_GROWTH * path.stat().st_size + (1 << 20):
         raise ImportFileError(

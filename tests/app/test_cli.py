@@ -25,7 +25,8 @@ MOESCOPE = str(Path(sys.executable).with_name("moescope"))
 COMMANDS = ["demo", "doctor", "families", "models list", "models save", "trace", "runs",
             "store verify", "store repair", "store merge", "store delete", "store vacuum",
             "store migrate", "store log", "sql", "analyze", "contrast", "plan from-table",
-            "plan show", "plan check", "generate", "evaluate", "dashboard", "import"]  # fmt: skip
+            "plan show", "plan check", "generate", "evaluate", "dashboard", "import", "export",
+            "plan convert"]  # fmt: skip
 
 
 def moescope(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -56,8 +56,8 @@ def write(store: Store, run_id: str, out: Path, options: ExportOptions) -> None:
 def _write_table(
     con: duckdb.DuckDBPyConnection, table: str, run_id: str, path: Path, *, bare: bool
 ) -> dict[str, Any]:
-    rows = stream(con, table, run_id, without_text=bare)
-    number = write_parquet(path, rows.schema, rows.batches)
+    with stream(con, table, run_id, without_text=bare) as rows:
+        number = write_parquet(path, rows.schema, rows.batches)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"sha256": digest, "bytes": path.stat().st_size, "rows": number}

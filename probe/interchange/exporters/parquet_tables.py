@@ -21,8 +21,8 @@ def write(store: Store, run_id: str, out: Path, options: ExportOptions) -> None:
     out.mkdir()
     with store.connection() as con:
         for table in SHOWN_TABLES:
-            rows = stream(con, table, run_id, without_text=options.without_text)
-            write_parquet(out / f"{table}.parquet", rows.schema, rows.batches)
+            with stream(con, table, run_id, without_text=options.without_text) as rows:
+                write_parquet(out / f"{table}.parquet", rows.schema, rows.batches)
 
 
 EXPORTER: Final = Exporter(

@@ -13,11 +13,10 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
-import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from moescope.probe.errors import ImportFileError
-from moescope.probe.interchange.files import existing_file
+from moescope.probe.interchange.files import existing_file, json_records
 from moescope.probe.interchange.imported import (
     MISSING,
     MOST_LAYERS,
@@ -83,9 +82,10 @@ def _layer(
     options: ImportOptions,
 ) -> LayerSlots:
     """One layer's slots as [T, K], in order of rank where that is known."""
-    rank = columns.get("rank", np.zeros(len(token), np.int64))[rows]
-    best_first = np.zeros(len(rows)) if weights is None else -weights[rows]
-    rows = rows[np.lexsort((columns["expert"][rows], best_first, rank, token[rows]))]
+    if not _in_order(rows, token, columns):
+        rank = columns.get("rank", np.zeros(len(token), np.int64))[rows]
+        best_first = np.zeros(len(rows)) if weights is None else -weights[rows]
+        rows = rows[np.lexsort((columns["expert"][rows], best_first, rank, token[rows]))]
     place, counts = _places(token[rows])
     top_k = int(counts.max())
     if (counts != top_k).any():
@@ -107,6 +107,14 @@ def _layer(
     return LayerSlots(layer=layer, experts=experts, weights=values, num_experts=options.num_experts)
 
 
+def _in_order(rows: Array, token: Array, columns: dict[str, Array]) -> bool:
+    """Whether a layer's rows come by token and rank already, as most programs write them."""
+    if "rank" not in columns:
+        return False
+    step = np.diff(token[rows])
+    return bool(((step > 0) | ((step == 0) & (np.diff(columns["rank"][rows]) > 0))).all())
+
+
 def _places(ordered: Array) -> tuple[Array, Array]:
     """Place of each row within its run of equal values, and the lengths of the runs."""
     starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
@@ -123,7 +131,7 @@ def _read_table(path: Path, report: ImportReport) -> pa.Table:
         elif suffix == ".csv":
             table = pa_csv.read_csv(path)
         elif suffix in (".jsonl", ".ndjson"):
-            table = pa_json.read_json(path)
+            table = _json_lines(path)
         else:
             raise ImportFileError(f"{path} ends in {suffix!r}; a table is .parquet, .csv or .jsonl")
         table.validate(full=True)  # also that texts are UTF-8
@@ -140,6 +148,13 @@ def _read_table(path: Path, report: ImportReport) -> pa.Table:
     unknown = [name for name in table.column_names if name not in _KNOWN]
     report.drop("columns", len(unknown), ", ".join(unknown))
     return table.select([name for name in _KNOWN if name in table.column_names])
+
+
+def _json_lines(path: Path) -> pa.Table:
+    """By Python's own reader: Arrow's can end the process on a damaged file."""
+    records = [record for _, record in json_records(path)]
+    names = dict.fromkeys(name for record in records for name in record)
+    return pa.table({name: [record.get(name) for record in records] for name in names})
 
 
 def _integers(table: pa.Table, name: str) -> Array:

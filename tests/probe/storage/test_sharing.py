@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from moescope.probe.storage import Store, verify_run
+from moescope.probe.storage import Store, finished_shards, run_folder, verify_run
 
 READ_FOR_A_WHILE = """
 import sys, threading
@@ -39,8 +43,31 @@ print(len(counts), len(set(counts)), failures[:3])
 """
 
 
-def read_while_collecting(store: Path, synthetic: ModuleType, seconds: float) -> tuple[int, int]:
-    """Two processes of readers, with threads, beside a collection that takes so long.
+@contextmanager
+def oldest_shard(folder: Path) -> Iterator[list[float]]:
+    """How long shards lie whole before they are in the store: their ages in seconds."""
+    ages: list[float] = []
+    end = threading.Event()
+
+    def watch() -> None:
+        while not end.wait(0.2):
+            for shard_id in finished_shards(folder):
+                with suppress(FileNotFoundError):  # ingested meanwhile
+                    ages.append(time.time() - (folder / shard_id).stat().st_mtime)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield ages
+    finally:
+        end.set()
+        thread.join()
+
+
+def read_while_collecting(
+    store: Path, synthetic: ModuleType, seconds: float, processes: int = 2
+) -> tuple[int, int]:
+    """Processes of readers, with threads, beside a collection that takes so long.
 
     Returns:
         Reads in all, and how many different states of the store the readers of one process saw.
@@ -53,14 +80,16 @@ def read_while_collecting(store: Path, synthetic: ModuleType, seconds: float) ->
             stdout=subprocess.PIPE,
             text=True,
         )
-        for _ in range(2)
+        for _ in range(processes)
     ]
     num_shards = max(10, int(seconds / 0.1))
     description = synthetic.describe(num_shards)
     try:
-        synthetic.collect(store, "base", description, pause_s=seconds / num_shards)
+        with oldest_shard(run_folder(store, "base").path) as ages:
+            synthetic.collect(store, "base", description, pause_s=seconds / num_shards)
     finally:
         end.touch()
+    assert max(ages, default=0.0) < 30, "a whole shard must be committed within 30 s"
     reads, states = 0, 0
     for reader in readers:
         output, _ = reader.communicate()
@@ -81,5 +110,5 @@ def test_readers_and_a_collection_share_the_store(tmp_path: Path, synthetic: Mod
 def test_readers_and_a_collection_share_the_store_for_long(
     tmp_path: Path, synthetic: ModuleType
 ) -> None:
-    reads, states = read_while_collecting(tmp_path / "a.duckdb", synthetic, 30.0)
+    reads, states = read_while_collecting(tmp_path / "a.duckdb", synthetic, 60.0, processes=3)
     assert reads > 100 and states > 10
