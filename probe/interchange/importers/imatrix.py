@@ -15,6 +15,7 @@ import numpy as np
 
 from moescope.probe.errors import ImportFileError
 from moescope.probe.interchange.files import one_file, read_bytes
+from moescope.probe.interchange.gguf_header import check_head
 from moescope.probe.interchange.imported import (
     MOST_LAYERS,
     Array,
@@ -56,8 +57,10 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Imported:
 
 def _open(path: Path) -> Any:
     """GGUF's own reader; its faults become sentences."""
-    if read_bytes(path)[:4] != b"GGUF":
+    content = read_bytes(path)
+    if content[:4] != b"GGUF":
         raise ImportFileError(f"{path} is no GGUF file; legacy .dat files have no expert counts")
+    check_head(content, str(path))
     from gguf import GGUFReader
 
     try:

@@ -158,6 +158,7 @@ def mutated(case: Any, rounds: int, seed: str) -> dict[str, Any]:
                 signal.alarm(0)
                 watching = False
             longest = max(longest, time.monotonic() - began)
+            assert longest < SECONDS, longest
             shutil.rmtree(broken)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown <= (1 << 30) + 10 * size, f"{grown:,} bytes more"
