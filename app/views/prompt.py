@@ -116,10 +116,20 @@ def _show_routing(run: state.ShownRun, prompt_id: int) -> None:
     with layout.errors_as_sentences():
         table = _choose_part(state.analyze(run, "prompt", prompt_id=prompt_id))
         tokens = table.frame.drop_duplicates("position").sort_values("position")
+        # Imported tokens may have no text: their number is what there is to click on.
+        numbered = "#" + tokens["position"].astype(str)
+        tokens = tokens.assign(token=tokens["token"].where(tokens["token"] != "", numbered))
         position = _choose_token(tokens)
         kind = experts.choose_kind(table)
-        _show_map(table, prompt_id, position, kind)
-        _show_token(run, prompt_id, position, kind)
+        has_weights = bool(table.frame["top_weight"].notna().any())
+        if has_weights:
+            _show_map(table, prompt_id, position, kind)
+        else:
+            st.info(
+                "The source of this run has no routing weights, so there is nothing to color or "
+                "to draw as bars; which experts a token used stands below."
+            )
+        _show_token(run, prompt_id, position, kind, has_weights=has_weights)
         with st.expander("Table: tokens and layers"):
             layout.show_table(table, key="prompt_table")
 
@@ -198,7 +208,9 @@ def _show_map(table: AnalysisTable, prompt_id: int, position: int, kind: str | N
     )
 
 
-def _show_token(run: state.ShownRun, prompt_id: int, position: int, kind: str | None) -> None:
+def _show_token(
+    run: state.ShownRun, prompt_id: int, position: int, kind: str | None, *, has_weights: bool
+) -> None:
     """The experts and weights of the chosen token by layer."""
     from moescope.probe.figures import token_bars
 
@@ -209,13 +221,14 @@ def _show_token(run: state.ShownRun, prompt_id: int, position: int, kind: str | 
         st.session_state[_EXPERT] = (int(point["y"]), int(point["customdata"][0]))
 
     with bars:
-        layout.show_clickable(
-            token_bars(table, kind=kind),
-            # Another key for another expert: a new chart, without the paleness of a selection.
-            key=f"token_bars_{prompt_id}_{position}_{st.session_state.get(_EXPERT)}",
-            alt=f"{table.title}: routing weight by layer",
-            on_click=clicked,
-        )
+        if has_weights:
+            layout.show_clickable(
+                token_bars(table, kind=kind),
+                # Another key for another expert: a new chart, without the paleness of a selection.
+                key=f"token_bars_{prompt_id}_{position}_{st.session_state.get(_EXPERT)}",
+                alt=f"{table.title}: routing weight by layer",
+                on_click=clicked,
+            )
         experts.show_links(table.frame, key=_EXPERT)
     with rows:
         layout.show_table(table, key="token_table", height=420)

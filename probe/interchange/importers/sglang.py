@@ -21,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from moescope.probe.errors import ImportFileError
-from moescope.probe.interchange.files import read_text
+from moescope.probe.interchange.files import parse_json, read_text
 from moescope.probe.interchange.imported import (
     MISSING,
     MOST_EXPERTS,
@@ -47,7 +47,7 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Imported:
     report = ImportReport("sglang")
     if all(path.suffix.lower() == ".csv" for path in paths):
         return _csv(paths, options, report)
-    loaded = [(str(path), load_torch(path)) for path in paths]
+    loaded = [(str(path), _load(path)) for path in paths]
     for place, data in loaded:
         if not isinstance(data, dict):
             raise ImportFileError(f"{place} holds no recording, but a {type(data).__name__}")
@@ -72,6 +72,21 @@ def read(paths: Sequence[Path], options: ImportOptions) -> Imported:
     return _per_pass(records, options, report)
 
 
+def _load(path: Path) -> Any:
+    """A recording; placement input, which has the same counts, may also be JSON."""
+    if path.suffix.lower() == ".json":
+        return parse_json(read_text(path), str(path))
+    return load_torch(path)
+
+
+def _steps(value: Any, place: str) -> Array:
+    """Counts [steps, layers, experts]; placement input may be without steps."""
+    try:
+        return integers(value, place, 3)
+    except ImportFileError:
+        return integers(value, place, 2)[None]
+
+
 def _list(value: Any, place: str) -> list[Any]:
     if not isinstance(value, list):
         raise ImportFileError(f"{place}: expected a list, got {type(value).__name__}")
@@ -84,7 +99,7 @@ def _stat(
     report.version = "stat"
     counts = []
     for place, data in loaded:
-        steps = integers(data["logical_count"], f"{place}, logical_count", 3)
+        steps = _steps(data["logical_count"], f"{place}, logical_count")
         used = int(steps.any(axis=(1, 2)).sum())
         report.found["steps"] = report.found.get("steps", 0) + used
         report.drop("steps", len(steps) - used, "unused places of the recorder's buffer")
