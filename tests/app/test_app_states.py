@@ -84,6 +84,17 @@ def test_a_run_of_counts_alone_is_analyzed_all_the_same(
     assert not app.error and len(app.get("plotly_chart")) == 1
 
 
+def test_a_run_without_weights_shows_the_experts_without_an_empty_map(
+    open_app: OpenApp, changed_store: Callable[[str], Path]
+) -> None:
+    store = changed_store("UPDATE routing_arrays SET weights = NULL, bf16_weights = NULL")
+    app = open_app(store, "prompt", run="base")
+    assert not app.error and not app.exception
+    assert any("no routing weights" in info.value for info in app.info)
+    assert not app.get("plotly_chart")
+    assert app.dataframe[0].value["weight"].isna().all()
+
+
 def test_a_missing_store_is_one_sentence(open_app: OpenApp, tmp_path: Path) -> None:
     app = open_app(tmp_path / "gone.duckdb")
     assert len(app.error) == 1 and not app.exception
