@@ -12,7 +12,6 @@ import argparse
 import base64
 import io
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -42,15 +42,18 @@ def main() -> None:
     """Measure and print a line a format."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--only", default="", help="formats whose name begins so")
     options = parser.parse_args()
     if not options.data.is_dir():
         raise SystemExit(f"the recorded routing is not at {options.data}; name it with --data")
     tile = tiled(RealRouting.read(options.data))
     print(machine())
     for name, (write, chosen) in FORMATS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            files = write(tile, Path(folder))
-            size = sum(file.stat().st_size for file in files)
+        if not name.startswith(options.only):
+            continue
+        with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as folder:
+            files = write(tile, Path(made))
+            size = sum(file.stat().st_size for file in Path(made).rglob("*.*"))
             began = time.perf_counter()
             imported = importer(name.split(",")[0]).read(files, chosen)
             assembled = assemble(imported, chosen, digest(files))
@@ -64,8 +67,6 @@ def main() -> None:
                 f"{speeds[0]}, stored and verified {speeds[1]}",
                 flush=True,
             )
-            shutil.rmtree(folder)
-            Path(folder).mkdir()
 
 
 def tiled(real: RealRouting) -> Tile:
@@ -155,6 +156,29 @@ def logits(tile: Tile, folder: Path) -> list[Path]:
     return [folder / "logits.npz"]
 
 
+def steermoe(tile: Tile, folder: Path) -> list[Path]:
+    """SteerMoE: pickled logits, a row a sequence."""
+    rng = np.random.default_rng(0)
+    shapes = [(len(LAYERS), int(length), EXPERTS) for length in tile.lengths]
+    with pd.option_context("future.infer_string", False):  # as pandas 2 pickled
+        frame = pd.DataFrame(
+            {"router_logits": [rng.standard_normal(shape).astype(np.float16) for shape in shapes]}
+        )
+        frame.columns = pd.Index(["router_logits"], dtype=object)
+    frame.to_pickle(folder / "output_m.pkl")
+    return [folder / "output_m.pkl"]
+
+
+def esft(tile: Tile, folder: Path) -> list[Path]:
+    """ESFT: a file a layer."""
+    part = part_of(tile)
+    for index, layer in enumerate(LAYERS):
+        halves = (part.experts[:, index], part.weights[:, index])
+        line = "\t\t".join("\t".join(map(str, half.reshape(-1).tolist())) for half in halves)
+        (folder / f"expert_weights_{layer}.txt").write_text(line + "\n")
+    return [folder]
+
+
 def part_of(tile: Tile) -> Tile:
     """One sequence of some tokens, for formats of text."""
     number = min(TEXT_TOKENS, len(tile.experts))
@@ -212,6 +236,8 @@ FORMATS: dict[str, tuple[Write, ImportOptions]] = {
     "sglang, per_token": (sglang, KNOWN),
     "table, Parquet": (parquet, OWN_LAYERS),
     "router-logits, npz": (logits, KNOWN),
+    "steermoe, pickle": (steermoe, KNOWN),
+    "esft, text": (esft, OWN_LAYERS),
     "table, CSV (text)": (csv, OWN_LAYERS),
     "megatron, JSON (text)": (megatron, OWN_LAYERS),
     "atlas, JSON (text)": (atlas, OWN_LAYERS),
