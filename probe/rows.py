@@ -132,10 +132,11 @@ def _prompt_columns(batch: RecordedBatch) -> dict[str, list[Any]]:
 def _token_columns(batch: RecordedBatch, tokenizer: Any) -> dict[str, Array]:
     """Columns of the table `tokens`, prompts one after the other, in order of position."""
     special = frozenset(tokenizer.all_special_ids)
+    end_of_thinking = tokenizer.get_vocab().get("</think>")  # the whole vocabulary: once a batch
     text_of: dict[int, str] = {}
     rows: list[tuple[Any, ...]] = []
     for rendered, generated in zip(batch.rendered, _generated_ids(batch), strict=True):
-        written = _written_segments(generated, tokenizer)
+        written = _written_segments(generated, end_of_thinking)
         parts = [
             *zip(rendered.token_ids, rendered.segments, rendered.is_special, rendered.in_span,
                  strict=True),
@@ -164,9 +165,8 @@ def _generated_ids(batch: RecordedBatch) -> list[tuple[int, ...]]:
     return [answer.token_ids for answer in batch.answers]
 
 
-def _written_segments(generated: Sequence[int], tokenizer: Any) -> list[str]:
+def _written_segments(generated: Sequence[int], end: int | None) -> list[str]:
     """`thinking` up to the end-of-thinking token where the tokenizer has one, else `answer`."""
-    end = tokenizer.get_vocab().get("</think>")
     if end is None or end not in generated:
         return ["answer"] * len(generated)
     thought = generated.index(end) + 1
