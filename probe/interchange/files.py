@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from moescope.probe.errors import ImportFileError
-from moescope.probe.interchange.assemble import digest_of
 
 LARGEST_TEXT_FILE: Final = 8 << 30
 
@@ -89,7 +89,11 @@ def digest(paths: Sequence[Path]) -> str:
     files = []
     for path in paths:
         files += sorted(path.rglob("*")) if path.is_dir() else [path]
-    return digest_of(*(file.read_bytes() for file in files if file.is_file()))
+    whole = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            whole.update(hashlib.sha256(file.read_bytes()).digest())
+    return whole.hexdigest()
 
 
 def _shown(value: Any) -> str:

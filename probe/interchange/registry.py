@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from moescope.probe.errors import InputError, MoescopeError
 
@@ -83,10 +83,7 @@ def importers() -> dict[str, Importer]:
     Raises:
         MoescopeError: an entry point cannot be loaded.
     """
-    own = [
-        import_module(f"moescope.probe.interchange.importers.{name}").IMPORTER
-        for name in _IMPORTERS
-    ]
+    own = [_module("importers", name).IMPORTER for name in _IMPORTERS]
     return {one.name: one for one in [*own, *_of_others("moescope.importers", Importer)]}
 
 
@@ -96,10 +93,7 @@ def importer(name: str) -> Importer:
     Raises:
         InputError: there is no such format; the message lists those there are.
     """
-    known = importers()
-    if name not in known:
-        raise InputError(f"there is no format {name!r} to import; known are {', '.join(known)}")
-    return known[name]
+    return _named(name, importers(), "import")
 
 
 def exporters() -> dict[str, Exporter]:
@@ -108,10 +102,7 @@ def exporters() -> dict[str, Exporter]:
     Raises:
         MoescopeError: an entry point cannot be loaded.
     """
-    own = [
-        import_module(f"moescope.probe.interchange.exporters.{name}").EXPORTER
-        for name in _EXPORTERS
-    ]
+    own = [_module("exporters", name).EXPORTER for name in _EXPORTERS]
     return {one.name: one for one in [*own, *_of_others("moescope.exporters", Exporter)]}
 
 
@@ -121,9 +112,16 @@ def exporter(name: str) -> Exporter:
     Raises:
         InputError: there is no such format; the message lists those there are.
     """
-    known = exporters()
+    return _named(name, exporters(), "export")
+
+
+def _module(kind: str, name: str) -> Any:
+    return import_module(f"moescope.probe.interchange.{kind}.{name}")
+
+
+def _named(name: str, known: dict[str, _Format], verb: str) -> _Format:
     if name not in known:
-        raise InputError(f"there is no format {name!r} to export; known are {', '.join(known)}")
+        raise InputError(f"there is no format {name!r} to {verb}; known are {', '.join(known)}")
     return known[name]
 
 
