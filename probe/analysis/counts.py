@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -258,12 +259,22 @@ def _routing_rows(
         yield router, _Rows(prompt_ids=prompt_id_R, tokens=tokens_R, arrays=arrays)
 
 
-def chosen_tokens_sql(filters: Filters) -> str:
-    """SQL for `prompt_id, position` of the tokens that the filters pick.
+def chosen_tokens_sql(
+    filters: Filters,
+    *,
+    columns: Sequence[str] = (),
+    neighbors: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """SQL for `prompt_id, position` and further columns of the tokens that the filters pick.
 
-    Its parameters are the run, the first and the last prompt id.
+    `neighbors` are columns made of the token before or after, as name -> window function; -1 where
+    there is none. The parameters are the run, the first and the last prompt id.
     """
-    conditions = ["t.run_id = ?", "t.prompt_id BETWEEN ? AND ?", "t.is_routed"]
+    looked_up = "".join(
+        f", coalesce({window} OVER (PARTITION BY prompt_id ORDER BY position), -1) AS {name}"
+        for name, window in neighbors.items()
+    )
+    conditions = ["t.is_routed"]
     positions = {
         "last_prompt": "t.position = p.num_tokens - 1",
         "first_generated": "t.position >= p.num_tokens AND "
@@ -274,8 +285,9 @@ def chosen_tokens_sql(filters: Filters) -> str:
         conditions.append(positions[filters.scope])
     conditions += _token_conditions(filters)
     return (
-        "SELECT t.prompt_id, t.position FROM tokens t JOIN prompts p USING (run_id, prompt_id) "
-        f"WHERE {' AND '.join(conditions)}"
+        f"SELECT {', '.join(f't.{name}' for name in ('prompt_id', 'position', *columns))} "
+        f"FROM (SELECT *{looked_up} FROM tokens WHERE run_id = ? AND prompt_id BETWEEN ? AND ?) t "
+        f"JOIN prompts p USING (run_id, prompt_id) WHERE {' AND '.join(conditions)}"
     )
 
 

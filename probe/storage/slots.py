@@ -107,5 +107,30 @@ def as_stored(rows: pa.Table) -> pa.Table:
     )
 
 
+def weights_of(rows: pa.Table) -> NDArray[np.float32] | None:
+    """The weights of rows as the store holds them, slot after slot; None where any is unknown."""
+    wide, halves = rows["weights"].combine_chunks(), rows["bf16_weights"].combine_chunks()
+    if halves.null_count == 0:
+        return _from_bf16(halves.flatten())
+    if wide.null_count == 0:
+        return np.asarray(wide.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
+    is_wide = wide.is_valid().to_numpy(zero_copy_only=False)
+    is_half = halves.is_valid().to_numpy(zero_copy_only=False)
+    if not (is_wide | is_half).all():
+        return None
+    length_R = rows["experts"].combine_chunks().value_lengths().to_numpy()
+    wide_S = np.repeat(is_wide, length_R)
+    values = np.empty(len(wide_S), dtype=np.float32)
+    values[wide_S] = wide.flatten().to_numpy(zero_copy_only=False)
+    values[~wide_S] = _from_bf16(halves.flatten())
+    return values
+
+
+def _from_bf16(bits: pa.Array) -> NDArray[np.float32]:
+    """Sixteen-bit patterns as numbers."""
+    wide = np.asarray(bits.to_numpy(zero_copy_only=False)).astype(np.uint32) << np.uint32(16)
+    return wide.view(np.float32)
+
+
 def _bits(weights: pa.Array) -> NDArray[Any]:
     return np.asarray(weights.to_numpy(zero_copy_only=False), dtype=np.float32).view(np.uint32)
