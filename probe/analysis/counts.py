@@ -1,8 +1,8 @@
 """What groups of prompts used, per router and expert: the reader under every analysis.
 
-Counts come from `usage_arrays` where the phase and segment of a token suffice, and from `routing`
-joined with `tokens` where its position matters (`last_prompt`, `first_generated`, `span`); both
-give the same shape. Arrays travel through Arrow, a bounded number of prompts at a time, and one
+Counts come from `usage_arrays` where the phase and segment of a token suffice, and from the routing
+of single tokens where its position matters (`last_prompt`, `first_generated`, `span`); both give
+the same shape. Arrays travel through Arrow, a bounded number of prompts at a time, and one
 sparse product per router sums them over groups.
 
 Letters: P prompts, G groups of prompts, E experts of a router, R rows read, S slots read.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -21,8 +20,13 @@ import pyarrow.compute as pc
 from numpy.typing import DTypeLike, NDArray
 from scipy import sparse
 
-from moescope.probe.analysis.filters import Filters
 from moescope.probe.analysis.selection import IntArray, Router, Selection
+from moescope.probe.analysis.token_filters import (
+    column_array,
+    router_condition,
+    token_conditions,
+)
+from moescope.probe.analysis.token_slots import read_slots, read_tokens
 from moescope.probe.errors import AnalysisInputError
 
 _MISSING: Final = {"weight_sum": "routing weights", "prob_sum": "router scores"}
@@ -112,15 +116,13 @@ def read_counts(
     totals = {
         router: _Totals(router, num_groups, quantities, dtype) for router in selection.routers
     }
-    read_rows = _routing_rows if selection.filters.needs_positions else _usage_rows
     ids_P = selection.prompt_ids
     tokens_P = np.zeros(len(ids_P))
-    for batch in _batches(selection, group_P):
-        for router, rows in read_rows(selection, batch, quantities):
-            index_R = np.searchsorted(ids_P, rows.prompt_ids)
-            totals[router].add(group_P[index_R], rows)
-            seen_P = np.bincount(index_R, rows.tokens, minlength=len(ids_P))
-            np.maximum(tokens_P, seen_P, out=tokens_P)
+    for router, rows in _rows(selection, group_P, quantities):
+        index_R = np.searchsorted(ids_P, rows.prompt_ids)
+        totals[router].add(group_P[index_R], rows)
+        seen_P = np.bincount(index_R, rows.tokens, minlength=len(ids_P))
+        np.maximum(tokens_P, seen_P, out=tokens_P)
     tokens_P[group_P < 0] = 0
     counted_P = tokens_P > 0
     if not counted_P.any():
@@ -179,6 +181,16 @@ def _batches(selection: Selection, group_P: IntArray) -> Iterator[tuple[int, int
         yield int(ids[start]), int(ids[min(start + step, len(ids)) - 1])
 
 
+def _rows(
+    selection: Selection, group_P: IntArray, quantities: Sequence[Quantity]
+) -> Iterator[tuple[Router, _Rows]]:
+    if selection.filters.needs_positions:
+        yield from _token_rows(selection, group_P, quantities)
+        return
+    for batch in _batches(selection, group_P):
+        yield from _usage_rows(selection, batch, quantities)
+
+
 def _usage_rows(
     selection: Selection, batch: tuple[int, int], quantities: Sequence[Quantity]
 ) -> Iterator[tuple[Router, _Rows]]:
@@ -186,7 +198,7 @@ def _usage_rows(
         "run_id = ?",
         "prompt_id BETWEEN ? AND ?",
         router_condition(selection.routers),
-        *_token_conditions(selection.filters),
+        *token_conditions(selection.filters),
     ]
     table = selection.store.arrow(
         f"SELECT prompt_id, layer, kind, routed_tokens, {', '.join(quantities)} "
@@ -215,106 +227,69 @@ def _usage_rows(
         )
 
 
-def _routing_rows(
-    selection: Selection, batch: tuple[int, int], quantities: Sequence[Quantity]
+def _token_rows(
+    selection: Selection, group_P: IntArray, quantities: Sequence[Quantity]
 ) -> Iterator[tuple[Router, _Rows]]:
+    """Rows of prompts summed from single tokens, for scopes that usage does not know."""
     if "prob_sum" in quantities:
         raise AnalysisInputError(
             f"router scores are summed over whole phases, so tokens {selection.filters.scope!r} "
             "cannot be picked out of them; use tokens all, prompt or generated"
         )
-    used = (
-        f"WITH chosen AS ({chosen_tokens_sql(selection.filters)}), used AS ("
-        "SELECT r.prompt_id, r.position, r.layer, r.kind, r.expert, r.weight FROM routing r "
-        "JOIN chosen USING (prompt_id, position) WHERE r.run_id = ? AND "
-        f"{router_condition(selection.routers, 'r.')}) "
-    )
-    parameters = [selection.run_id, *batch, selection.run_id]
-    slots = selection.store.arrow(
-        used + "SELECT prompt_id, layer, kind, expert, count(*)::DOUBLE AS num_tokens, "
-        "sum(weight)::DOUBLE AS weight_sum FROM used GROUP BY ALL",
-        parameters,
-    )
-    tokens = selection.store.arrow(
-        used + "SELECT prompt_id, layer, kind, count(DISTINCT position)::DOUBLE AS num_tokens "
-        "FROM used GROUP BY ALL ORDER BY prompt_id",
-        parameters,
-    )
-    kept_R = np.isin(column_array(tokens, "prompt_id"), selection.prompt_ids)
-    kept_S = np.isin(column_array(slots, "prompt_id"), selection.prompt_ids)
-    for router in selection.routers:
-        own_R = kept_R & _is_router(tokens, router)
-        own_S = kept_S & _is_router(slots, router)
-        prompt_id_R = column_array(tokens, "prompt_id")[own_R]
-        if not len(prompt_id_R):
-            continue
-        row_S = np.searchsorted(prompt_id_R, column_array(slots, "prompt_id")[own_S])
-        cells = (row_S, column_array(slots, "expert")[own_S].astype(np.int64))
-        shape = (len(prompt_id_R), router.num_experts)
-        arrays: dict[str, FloatArray | sparse.csr_array] = {
-            name: sparse.csr_array((column_array(slots, name)[own_S], cells), shape=shape)
-            for name in quantities
-        }
-        tokens_R = column_array(tokens, "num_tokens")[own_R]
-        yield router, _Rows(prompt_ids=prompt_id_R, tokens=tokens_R, arrays=arrays)
+    tokens = read_tokens(selection)
+    asks_weights = "weight_sum" in quantities
+    for block in read_slots(selection, tokens, weights=asks_weights):
+        prompts, row_T = np.unique(tokens.prompts[block.tokens], return_inverse=True)
+        for router, experts_TK in block.experts.items():
+            weights_TK = block.weights[router] if asks_weights else None
+            counted = count_slots(router, experts_TK, weights_TK, row_T, len(prompts))
+            arrays = {name: counted.sums[name] for name in quantities}
+            kept = (counted.tokens > 0) & (group_P[prompts] >= 0)
+            yield (
+                router,
+                _Rows(
+                    prompt_ids=selection.prompt_ids[prompts[kept]],
+                    tokens=counted.tokens[kept],
+                    arrays={name: array[kept] for name, array in arrays.items()},
+                ),
+            )
 
 
-def chosen_tokens_sql(
-    filters: Filters,
-    *,
-    columns: Sequence[str] = (),
-    neighbors: Mapping[str, str] = MappingProxyType({}),
-) -> str:
-    """SQL for `prompt_id, position` and further columns of the tokens that the filters pick.
+def count_slots(
+    router: Router,
+    experts_TK: NDArray[np.uint16],
+    weights_TK: NDArray[np.float32] | None,
+    group_T: IntArray,
+    num_groups: int,
+) -> RouterUsage:
+    """What groups of tokens used at one router, from the slots of each token.
 
-    `neighbors` are columns made of the token before or after, as name -> window function; -1 where
-    there is none. The parameters are the run, the first and the last prompt id.
+    Args:
+        router: the router.
+        experts_TK: of `token_slots.SlotBlock`; E where there is no slot.
+        weights_TK: the weights of these slots, or None to count alone.
+        group_T: the group of each token, from 0; -1 leaves the token out.
+        num_groups: how many groups there are.
     """
-    looked_up = "".join(
-        f", coalesce({window} OVER (PARTITION BY prompt_id ORDER BY position), -1) AS {name}"
-        for name, window in neighbors.items()
+    width = router.num_experts + 1
+    kept = np.flatnonzero(group_T >= 0)
+    experts_TK, group_T = experts_TK[kept], group_T[kept]
+    cells = (group_T[:, None] * width + experts_TK).ravel()
+    size = num_groups * width
+
+    def summed(values: NDArray[Any] | None) -> FloatArray:
+        whole = np.bincount(cells, values, minlength=size).astype(np.float64)
+        return whole.reshape(num_groups, width)[:, :-1]
+
+    passed = (experts_TK < router.num_experts).any(axis=1)
+    sums = {"num_tokens": summed(None)}
+    if weights_TK is not None:
+        sums["weight_sum"] = summed(weights_TK[kept].ravel())
+    return RouterUsage(
+        router=router,
+        tokens=np.bincount(group_T, passed, minlength=num_groups).astype(np.float64),
+        sums=sums,
     )
-    conditions = ["t.is_routed"]
-    positions = {
-        "last_prompt": "t.position = p.num_tokens - 1",
-        "first_generated": "t.position >= p.num_tokens AND "
-        f"t.position < p.num_tokens + {filters.first_generated}",
-        "span": "t.in_span",
-    }
-    if filters.needs_positions:
-        conditions.append(positions[filters.scope])
-    conditions += _token_conditions(filters)
-    return (
-        f"SELECT {', '.join(f't.{name}' for name in ('prompt_id', 'position', *columns))} "
-        f"FROM (SELECT *{looked_up} FROM tokens WHERE run_id = ? AND prompt_id BETWEEN ? AND ?) t "
-        f"JOIN prompts p USING (run_id, prompt_id) WHERE {' AND '.join(conditions)}"
-    )
-
-
-def router_condition(routers: Sequence[Router], prefix: str = "") -> str:
-    """SQL that keeps the layers and kinds of these routers."""
-    layers = ", ".join(str(layer) for layer in sorted({router.layer for router in routers}))
-    kinds = ", ".join(f"'{kind}'" for kind in sorted({router.kind for router in routers}))
-    return f"{prefix}layer IN ({layers}) AND {prefix}kind IN ({kinds})"
-
-
-def column_array(table: pa.Table, name: str) -> NDArray[Any]:
-    """A column of numbers as a numpy array."""
-    return np.asarray(table.column(name).to_numpy())
-
-
-def _token_conditions(filters: Filters) -> list[str]:
-    """Conditions on phase, segment and is_special, which `usage_arrays` and `tokens` both have."""
-    phase = filters.scope if filters.scope in ("prompt", "generated") else filters.phase
-    conditions = [f"phase = '{phase}'"] if phase else []
-    if filters.segments is not None:
-        listed = ", ".join(f"'{segment}'" for segment in filters.segments)
-        conditions.append(f"segment IN ({listed})")
-    if filters.content_only and filters.scope != "last_prompt":
-        conditions.append("NOT is_special")
-        if filters.segments is None:
-            conditions.append("segment != 'template'")
-    return conditions
 
 
 def _is_router(table: pa.Table, router: Router) -> NDArray[np.bool_]:

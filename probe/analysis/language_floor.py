@@ -17,20 +17,15 @@ Letters: G groups (passage, language, phrasing), M comparisons, T tokens, E expe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import sparse
 
-from moescope.probe.analysis.counts import (
-    FloatArray,
-    Quantity,
-    chosen_tokens_sql,
-    column_array,
-    router_condition,
-)
+from moescope.probe.analysis.counts import FloatArray, Quantity
 from moescope.probe.analysis.measures import entropy_normalized_jsd, jensen_shannon, normalize
 from moescope.probe.analysis.selection import IntArray, Router, Selection
+from moescope.probe.analysis.token_slots import read_slots, read_tokens
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,28 +111,22 @@ def token_matrix(
     selection: Selection, group_P: IntArray, router: Router, quantity: Quantity
 ) -> tuple[sparse.csr_array, IntArray]:
     """What each counted token used at one router, [T, E], and the group of each token."""
-    kept_ids = selection.prompt_ids[group_P >= 0]
-    slots = selection.store.arrow(
-        f"WITH chosen AS ({chosen_tokens_sql(selection.filters)}) "
-        "SELECT r.prompt_id, r.position, r.expert, r.weight FROM routing r "
-        "JOIN chosen USING (prompt_id, position) WHERE r.run_id = ? AND "
-        f"{router_condition([router], 'r.')} ORDER BY r.prompt_id, r.position, r.expert",
-        [selection.run_id, int(kept_ids[0]), int(kept_ids[-1]), selection.run_id],
-    )
-    prompt_S = column_array(slots, "prompt_id")
-    kept_S = np.isin(prompt_S, kept_ids)
-    prompt_S, position_S = prompt_S[kept_S], column_array(slots, "position")[kept_S]
-    starts_S = np.ones(len(prompt_S), dtype=bool)
-    starts_S[1:] = (np.diff(prompt_S) != 0) | (np.diff(position_S) != 0)
-    token_S = np.cumsum(starts_S) - 1
-    group_T = group_P[np.searchsorted(selection.prompt_ids, prompt_S[starts_S])]
-    if quantity == "weight_sum":
-        values_S = column_array(slots, "weight")[kept_S].astype(np.float64)
-    else:
-        values_S = np.ones(len(prompt_S))
-    cells = (token_S, column_array(slots, "expert")[kept_S].astype(np.int64))
-    shape = (len(group_T), router.num_experts)
-    return sparse.csr_array((values_S, cells), shape=shape), group_T
+    kept_P = np.flatnonzero(group_P >= 0)
+    prompts = selection.prompts.iloc[kept_P].reset_index(drop=True)
+    own = replace(selection, routers=(router,), prompts=prompts)
+    tokens = read_tokens(own)
+    parts, passed = [], []
+    for block in read_slots(own, tokens, weights=quantity == "weight_sum"):
+        experts_TK = block.experts[router]
+        row_S, slot_S = np.nonzero(experts_TK < router.num_experts)
+        values_S = block.weights[router][row_S, slot_S] if block.weights else np.ones(len(row_S))
+        cells = (row_S, experts_TK[row_S, slot_S].astype(np.int64))
+        shape = (len(experts_TK), router.num_experts)
+        parts.append(sparse.csr_array((values_S.astype(np.float64), cells), shape=shape))
+        passed.append((experts_TK < router.num_experts).any(axis=1))
+    passed_T = np.concatenate(passed)
+    used_TE = sparse.csr_array(sparse.vstack(parts, format="csr"))[passed_T]
+    return used_TE, group_P[kept_P][tokens.prompts[passed_T]]
 
 
 def _shuffled_ranks(group_T: IntArray, rng: np.random.Generator) -> IntArray:

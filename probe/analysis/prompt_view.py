@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 
 from moescope.probe.analysis.columns import EXPERT, KIND, LAYER
-from moescope.probe.analysis.counts import router_condition
 from moescope.probe.analysis.filters import Filters
 from moescope.probe.analysis.frame import AnalysisTable, Column
 from moescope.probe.analysis.selection import Selection, select
+from moescope.probe.analysis.token_filters import router_condition
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.storage.store import Store
 

@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from moescope.probe.analysis.counts import chosen_tokens_sql, column_array
 from moescope.probe.analysis.selection import IntArray, Router, Selection
+from moescope.probe.analysis.token_filters import chosen_tokens_sql, column_array
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.storage.slots import weights_of
 
