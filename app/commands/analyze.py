@@ -36,8 +36,8 @@ RowsOption = Annotated[int, typer.Option(min=1, help="Rows to print.")]
 
 
 _CONTRAST_COLUMNS = (
-    "layer", "kind", "expert", "rate_a", "rate_b", "risk_difference", "effect", "low", "high", "p",
-    "q", "confirmed",
+    "layer", "kind", "expert", "rate_a", "rate_b", "score", "effect", "low", "high", "p", "q",
+    "confirmed",
 )  # fmt: skip
 
 
@@ -86,16 +86,39 @@ def analyze(
 
 def contrast(
     store: Annotated[Path, typer.Option(help="The DuckDB file.")],
-    a: Annotated[list[str], typer.Option(help="Group a: FIELD=VALUE[,VALUE]; may be repeated.")],
-    b: Annotated[list[str], typer.Option(help="Group b, the same way.")],
+    a: Annotated[
+        list[str] | None, typer.Option(help="Group a: FIELD=VALUE[,VALUE]; may be repeated.")
+    ] = None,
+    b: Annotated[list[str] | None, typer.Option(help="Group b, the same way.")] = None,
     run: RunOption = None,
     where: WhereOption = None,
     tokens: TokensOption = None,
     layers: LayersOption = None,
     all_tokens: AllTokensOption = False,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="What ranks the experts: risk_difference, log_odds, paired, ftri, npmi, safex, "
+            "esft_token, esft_gate or seuf."
+        ),
+    ] = "risk_difference",
+    measure: Annotated[
+        str | None, typer.Option(help="selections, weights or scores; as the method's paper.")
+    ] = None,
     average: Annotated[
-        str, typer.Option(help="pooled: every token counts alike; unit: every unit does.")
-    ] = "pooled",
+        str | None,
+        typer.Option(help="pooled: every token counts alike; unit: every unit does; prompt; sum."),
+    ] = None,
+    marker: Annotated[
+        list[str] | None,
+        typer.Option(help="npmi: TOKEN or TOKEN=COEFFICIENT; may be repeated."),
+    ] = None,
+    mass: Annotated[
+        float | None, typer.Option(help="esft: share of the score that chosen experts reach.")
+    ] = None,
+    stability: Annotated[
+        float | None, typer.Option(help="safex: share of resamples that choose an expert.")
+    ] = None,
     unit: Annotated[
         str | None, typer.Option(help="Field that joins prompts into units of resampling.")
     ] = None,
@@ -117,12 +140,16 @@ def contrast(
     from moescope.probe.analysis import expert_contrast, find_analysis
 
     analysis = find_analysis("contrast")
-    typed: dict[str, str | Sequence[str]] = {
-        "a": a, "b": b, "average": average, "candidates": str(candidates), "seed": str(seed),
-        "split": "no" if no_split else "yes",
+    given = {
+        "a": a, "b": b, "method": method, "measure": measure, "average": average, "unit": unit,
+        "markers": marker, "mass": mass, "stability": stability, "candidates": candidates,
+        "seed": seed, "split": "no" if no_split else "yes",
     }  # fmt: skip
-    if unit is not None:
-        typed["unit"] = unit
+    typed: dict[str, str | Sequence[str]] = {
+        name: value if isinstance(value, list) else str(value)
+        for name, value in given.items()
+        if value is not None
+    }
     arguments = analysis.parse(typed)
     filters = read_filters(analysis.filters, where, tokens, layers, all_tokens)
     opened, run_id = open_run(store, run)

@@ -3,47 +3,59 @@
 from __future__ import annotations
 
 from moescope.probe.analysis.columns import CHANCE, EXPERT, KIND, LAYER
+from moescope.probe.analysis.contrast_methods import Method
 from moescope.probe.analysis.frame import Column
 
 _STEERMOE = "SteerMoE, arXiv 2509.09660"
 _RANKING = "the discovery half (all units without a split)"
 
-COLUMNS = (
-    LAYER,
-    KIND,
-    EXPERT,
+
+def contrast_columns(method: Method) -> tuple[Column, ...]:
+    """The columns of a table of this method: they differ in what the score is."""
+    return (LAYER, KIND, EXPERT, method.score, *_COLUMNS)
+
+
+_COLUMNS = (
+    Column(
+        name="score_chance",
+        unit="as score",
+        range="0 for methods that compare",
+        definition="The score if no expert were preferred.",
+    ),
     Column(
         name="risk_difference",
         unit="share of tokens",
         range="[-1, 1]",
         definition="Share of a's tokens that selected the expert minus share of b's, on "
-        f"{_RANKING}: what ranks the experts. Pooled over tokens, or the difference of the means "
-        "over units.",
+        f"{_RANKING}: pooled over tokens, or the difference of the means over units. Missing "
+        "without a b.",
         source=_STEERMOE,
     ),
     Column(
         name="candidate",
         unit="",
         range="true or false",
-        definition="Whether the expert is among the n strongest and was tested.",
+        definition="Whether the method chose the expert, to be tested: it is among the n "
+        "strongest, or (ESFT, SAFEx) meets the method's own rule.",
     ),
     Column(
         name="effect",
-        unit="share of tokens",
-        range="[-1, 1]; missing for experts that were not tested",
-        definition="The same difference on the confirmation half. Without a split it equals "
-        "risk_difference and is optimistic.",
+        unit="as score (SAFEx: share of tokens)",
+        range="missing for experts that were not chosen",
+        definition="The score, measured on the confirmation half; of SAFEx the rate difference, "
+        "or the rate of one group. Without a split, and for one group, on all units; without a "
+        "split it is optimistic.",
     ),
     Column(
         name="low",
-        unit="share of tokens",
-        range="[-1, 1]; missing for experts that were not tested",
+        unit="as effect",
+        range="missing for experts that were not chosen",
         definition="2.5th percentile of the effect over resampled units.",
     ),
     Column(
         name="high",
-        unit="share of tokens",
-        range="[-1, 1]; missing for experts that were not tested",
+        unit="as effect",
+        range="missing for experts that were not chosen",
         definition="97.5th percentile of the effect over resampled units.",
     ),
     Column(
@@ -65,7 +77,7 @@ COLUMNS = (
         unit="",
         range="true or false",
         definition="Whether q (without a split: p) is at most the level, with the sign that the "
-        "ranking had.",
+        "ranking had; of one group: whether each half of the units chooses the expert too.",
     ),
     Column(
         name="a1",
@@ -111,13 +123,13 @@ COLUMNS = (
     Column(
         name="num_prompts_a",
         unit="prompts",
-        range="2 or more",
+        range="0 or more",
         definition="Prompts of a with a counted token, both halves.",
     ),
     Column(
         name="num_prompts_b",
         unit="prompts",
-        range="2 or more",
+        range="0 or more",
         definition="Prompts of b with a counted token, both halves.",
     ),
     Column(
@@ -129,7 +141,7 @@ COLUMNS = (
     Column(
         name="num_tokens_b",
         unit="tokens",
-        range="1 or more",
+        range="0 or more",
         definition="Counted tokens of b, both halves.",
     ),
 )

@@ -1,9 +1,10 @@
 """Discover on one half, confirm on the other: the testing of a contrast, without the store.
 
-From token counts of units in two groups to candidates with effects, intervals and p. The steps are
-those of `moescope.probe.analysis.statistics`; here is their order, and what is refused or noted.
+From the cells of units in two or more classes to candidates with effects, intervals and p; methods
+that describe one group have no p. The steps are those of `moescope.probe.analysis.statistics` and
+`cells`; here is their order, and what is refused or noted.
 
-Letters: U units, P parts, X experts of all routers together.
+Letters: U units, X experts of all routers together.
 """
 
 from __future__ import annotations
@@ -11,46 +12,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
+from moescope.probe.analysis.cells import Cells, unit_interval
+from moescope.probe.analysis.contrast_rules import Rule
+from moescope.probe.analysis.contrast_settings import ContrastSettings
 from moescope.probe.analysis.measures import FloatArray
 from moescope.probe.analysis.selection import IntArray
 from moescope.probe.analysis.statistics import (
     BoolArray,
     Parts,
     benjamini_hochberg,
-    effect_interval,
     permutation_p,
     rank_correlation,
     smallest_p,
     split_halves,
     step_down_max_t,
-    strongest,
     top_overlap,
 )
 from moescope.probe.errors import AnalysisInputError
-
-Average = Literal["pooled", "unit"]
-# Permutations per candidate and level: the p of one candidate must be able to fall well below q/n.
-PERMUTATIONS_PER_LEVEL = 20
-
-# Max-T needs no resolution for single candidates; this many give p in steps of 0.0005.
-MAX_T_PERMUTATIONS = 2_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContrastSettings:
-    """How a contrast is tested; see `expert_contrast`."""
-
-    average: Average
-    split: bool
-    candidates: int
-    q: float
-    bootstrap: int
-    permutations: int
-    seed: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,17 +40,18 @@ class ContrastResult:
     """What testing found, for all X experts.
 
     Attributes:
-        ranking: the parts that ranked the experts: one half, or all without a split.
-        difference: the effect that ranked them.
-        candidates: indices of the tested experts, strongest first.
+        in_ranking: which cells ranked the experts: those of one half, or all without a split.
+        score: what ranked them.
+        candidates: indices of the chosen experts, strongest first.
         effect, low, high, p, q: of the candidates, on the data that tested them.
-        confirmed: whether q <= level (p without a split), with the sign of the ranking.
+        confirmed: whether q <= level (p without a split), with the sign of the ranking; of methods
+            that describe one group, whether each half of the units chooses the expert too.
         summary: stability, numbers of units, by name.
         notes: what limits the answer.
     """
 
-    ranking: Parts
-    difference: FloatArray
+    in_ranking: BoolArray
+    score: FloatArray
     candidates: IntArray
     effect: FloatArray
     low: FloatArray
@@ -80,51 +63,69 @@ class ContrastResult:
     notes: tuple[str, ...]
 
 
-def contrast_parts(parts: Parts, stratum_U: IntArray, settings: ContrastSettings) -> ContrastResult:
-    """The statistics of a contrast, without the store.
+def discover(
+    cells: Cells, rule: Rule, stratum_U: IntArray, settings: ContrastSettings
+) -> ContrastResult:
+    """Rank, choose and test.
 
     Args:
-        parts: token counts of every unit in either group.
+        cells: what every unit contributes to each class.
+        rule: of the method.
         stratum_U: stratum of each unit (label first, then language), ascending.
         settings: how to test.
 
     Raises:
         AnalysisInputError: when a group has too few units.
     """
-    seeds = np.random.SeedSequence(settings.seed).spawn(3)
-    split_rng, permutation_rng, bootstrap_rng = (np.random.default_rng(seed) for seed in seeds)
-    is_first_U = split_halves(stratum_U, split_rng)
-    halves = [parts.rows(is_first_U[parts.units]), parts.rows(~is_first_U[parts.units])]
-    ranking, testing = halves if settings.split else [parts, parts]
-    _require_units(parts, [ranking, testing], split=settings.split)
-    averaged = [half.per_unit() if settings.average == "unit" else half for half in halves]
-    if settings.split:
-        ranked, tested = averaged
-    else:
-        ranked = tested = parts.per_unit() if settings.average == "unit" else parts
-    difference_X = ranked.effects()
-    candidates = strongest(difference_X, settings.candidates)
+    seeds = np.random.SeedSequence(settings.seed).spawn(4)
+    rngs = [np.random.default_rng(seed) for seed in seeds]
+    is_first_U = split_halves(stratum_U, rngs[0])
+    first_N = is_first_U[cells.units]
+    if rule.tests is None:
+        return _describe(cells, first_N, rule, settings, rngs)
+    return _test(cells, first_N, rule, settings, rngs)
+
+
+def _test(
+    cells: Cells,
+    first_N: BoolArray,
+    rule: Rule,
+    settings: ContrastSettings,
+    rngs: Sequence[np.random.Generator],
+) -> ContrastResult:
+    """Two groups: the strongest of one half, tested on the other."""
+    _, permutation_rng, bootstrap_rng, ranking_rng = rngs
+    halves = [rule.prepared(cells.rows(kept)) for kept in (first_N, ~first_N)]
+    whole = rule.prepared(cells)
+    ranked, tested = halves if settings.split else (whole, whole)
+    _require_units(rule, whole, [ranked, tested], split=settings.split)
+    score_X, candidates = rule.rank(ranked, ranking_rng)
     chosen = tested.columns(candidates)
-    low, high = effect_interval(chosen, settings.bootstrap, bootstrap_rng)
+    assert rule.tests is not None
+    low, high = unit_interval(chosen, rule.effect, settings.bootstrap, bootstrap_rng)
     if settings.split:
-        p = permutation_p(chosen, settings.permutations, permutation_rng)
+        parts = rule.tests(chosen)
+        p = permutation_p(parts, settings.permutations, permutation_rng)
         q = benjamini_hochberg(p)
         significant = q <= settings.q
     else:
-        p = step_down_max_t(tested, settings.permutations, permutation_rng)[candidates]
+        parts = rule.tests(tested)
+        p = step_down_max_t(parts, settings.permutations, permutation_rng)[candidates]
         q = np.full(len(p), np.nan)
         significant = p <= settings.q
-    effect = chosen.effects()
-    summary = _summary(averaged, settings) | {
-        "units_a": int(testing.is_a.sum()),
-        "units_b": int((~testing.is_a).sum()),
-        "matched_units": len(testing.matched()[0]),
+    effect = chosen.scored(rule.effect)
+    agrees = np.sign(effect) == np.sign(ranked.scored(rule.effect)[candidates])
+    confirmed = significant & agrees
+    summary = _stability([half.scored(rule.effect) for half in halves], settings) | {
+        "units_a": int(parts.is_a.sum()),
+        "units_b": int((~parts.is_a).sum()),
+        "matched_units": len(parts.matched()[0]),
         "candidates": len(candidates),
+        "confirmed": int(confirmed.sum()),
     }
-    confirmed = significant & (np.sign(effect) == np.sign(difference_X[candidates]))
     return ContrastResult(
-        ranking=ranking,
-        difference=difference_X,
+        in_ranking=first_N if settings.split else np.ones_like(first_N),
+        score=score_X,
         candidates=candidates,
         effect=effect,
         low=low,
@@ -132,74 +133,86 @@ def contrast_parts(parts: Parts, stratum_U: IntArray, settings: ContrastSettings
         p=p,
         q=q,
         confirmed=confirmed,
-        summary=summary | {"confirmed": int(confirmed.sum())},
-        notes=_notes(tested, settings),
+        summary=summary,
+        notes=_notes(parts, settings),
     )
 
 
-def check_settings(
-    average: Average,
-    split: bool,
-    candidates: int,
-    q: float,
-    bootstrap: int,
-    permutations: int | None,
-    seed: int,
-) -> ContrastSettings:
-    """Check the parameters and resolve the number of permutations."""
-    if average not in get_args(Average):
-        raise AnalysisInputError(f"average is {average!r}; it is pooled or unit")
-    for name, number in (("candidates", candidates), ("bootstrap", bootstrap)):
-        if number < 1:
-            raise AnalysisInputError(f"{name} is {number}; it is a whole number from 1")
-    if not 0 < q < 1:
-        raise AnalysisInputError(f"q is {q}; it lies between 0 and 1")
-    least = math.ceil(PERMUTATIONS_PER_LEVEL * (candidates if split else 1) / q)
-    if permutations is None:
-        permutations = least if split else max(least, MAX_T_PERMUTATIONS)
-    if permutations < least:
-        counted = f"{candidates} candidates" if split else "one level"
-        raise AnalysisInputError(
-            f"{permutations} permutations are too few for {counted} at q = {q:g}; "
-            f"{least:,} or more are right"
-        )
-    return ContrastSettings(
-        average=average,
-        split=split,
+def _describe(
+    cells: Cells,
+    first_N: BoolArray,
+    rule: Rule,
+    settings: ContrastSettings,
+    rngs: Sequence[np.random.Generator],
+) -> ContrastResult:
+    """One group: the method's own choice on all units, and whether each half makes it too."""
+    _, _, bootstrap_rng, ranking_rng = rngs
+    whole = rule.prepared(cells)
+    halves = [whole.rows(kept) for kept in (first_N, ~first_N)]
+    _require_units(rule, whole, halves, split=True)
+    score_X, candidates = rule.rank(whole, ranking_rng)
+    again = [rule.rank(half, rng) for half, rng in zip(halves, ranking_rng.spawn(2), strict=True)]
+    confirmed = np.isin(candidates, again[0][1]) & np.isin(candidates, again[1][1])
+    chosen = whole.columns(candidates)
+    low, high = unit_interval(chosen, rule.scaled(candidates), settings.bootstrap, bootstrap_rng)
+    missing = np.full(len(candidates), np.nan)
+    shared = len(np.intersect1d(again[0][1], again[1][1]))
+    either = len(np.union1d(again[0][1], again[1][1]))
+    return ContrastResult(
+        in_ranking=np.ones_like(first_N),
+        score=score_X,
         candidates=candidates,
-        q=q,
-        bootstrap=bootstrap,
-        permutations=permutations,
-        seed=seed,
+        effect=chosen.scored(rule.scaled(candidates)),
+        low=low,
+        high=high,
+        p=missing,
+        q=missing.copy(),
+        confirmed=confirmed,
+        summary={
+            "rank_correlation": rank_correlation(again[0][0], again[1][0]),
+            "overlap_of_halves": shared / either if either else math.nan,
+            "units_a": whole.units_of(0),
+            "candidates": len(candidates),
+            "confirmed": int(confirmed.sum()),
+        },
+        notes=(
+            "One group is described, nothing is compared, so there is no p: confirmed says that "
+            "each half of the units chooses the expert too.",
+        ),
     )
 
 
-def _require_units(parts: Parts, used: Sequence[Parts], *, split: bool) -> None:
-    """Refuse when a group has fewer than 2 units in what ranks or tests."""
-    for name, in_group in (("a", True), ("b", False)):
-        present = int((parts.is_a == in_group).sum())
+def _require_units(rule: Rule, whole: Cells, used: Sequence[Cells], *, split: bool) -> None:
+    """Refuse when a class has fewer than 2 units in what ranks or tests."""
+    for number, name in enumerate(rule.class_names):
+        present = whole.units_of(number)
         units = "1 unit" if present == 1 else f"{present} units"
-        fewest = min(int((half.is_a == in_group).sum()) for half in used)
+        fewest = min(half.units_of(number) for half in used)
         if fewest < 2 and split:
+            advice = (
+                ""
+                if rule.tests is None
+                else (", or rank and test on the same data with --no-split")
+            )
             raise AnalysisInputError(
-                f"group {name} has {units} with counted tokens, and each half needs 2; "
-                "give more prompts, or rank and test on the same data with --no-split"
+                f"{name} has {units} with counted tokens, and each half needs 2; give more "
+                f"prompts{advice}"
             )
         if fewest < 2:
-            raise AnalysisInputError(
-                f"group {name} has {units} with counted tokens; a contrast needs 2"
-            )
+            raise AnalysisInputError(f"{name} has {units} with counted tokens; a contrast needs 2")
 
 
-def _summary(halves: Sequence[Parts], settings: ContrastSettings) -> dict[str, Any]:
+def _stability(effects: Sequence[FloatArray], settings: ContrastSettings) -> dict[str, Any]:
     """Split-half stability of the ranking: rank correlation, overlap of the top n."""
-    first_X, second_X = (half.effects() for half in halves)
-    if np.isnan(first_X).any() or np.isnan(second_X).any():
+    first_X, second_X = effects
+    known = ~(np.isnan(first_X) | np.isnan(second_X))
+    if not known.any():
         return {
             "rank_correlation": math.nan,
             "top_overlap": math.nan,
             "top_overlap_chance": math.nan,
         }
+    first_X, second_X = first_X[known], second_X[known]
     number = min(settings.candidates, len(first_X))
     return {
         "rank_correlation": rank_correlation(first_X, second_X),

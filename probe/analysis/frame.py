@@ -106,7 +106,7 @@ class AnalysisTable:
         raise KeyError(f"table {self.name!r} has no column {name!r}; it has {known}")
 
 
-ParameterType = Literal["text", "integer", "number", "flag", "choice", "conditions"]
+ParameterType = Literal["text", "integer", "number", "flag", "choice", "conditions", "texts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +115,8 @@ class Parameter:
 
     Attributes:
         name: of the keyword argument; `--` and dashes make the option of it.
-        type: `text`, `integer`, `number`, `flag`, `choice`, or `conditions` (FIELD=VALUE, which
-            may be given several times).
+        type: `text`, `integer`, `number`, `flag`, `choice`, or, of what may be given several
+            times, `conditions` (FIELD=VALUE) and `texts`.
         default: what holds when it is not given.
         help: one line for `--help`.
         choices: the values of a `choice`.
@@ -138,6 +138,8 @@ class Parameter:
         """
         if self.type == "conditions":
             return parse_conditions([value] if isinstance(value, str) else value)
+        if self.type == "texts":
+            return (value,) if isinstance(value, str) else tuple(value)
         if not isinstance(value, str):
             if len(value) != 1:
                 raise AnalysisInputError(f"{self.name} is given {len(value)} times; once is right")

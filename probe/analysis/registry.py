@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from moescope.probe.analysis.contrast import expert_contrast
 from moescope.probe.analysis.frame import Analysis, Parameter
 from moescope.probe.analysis.load import expert_load, load_balance
 from moescope.probe.analysis.parameters import SEED, UNIT
 from moescope.probe.analysis.prompt_view import prompt_list, prompt_routing, token_routing
+from moescope.probe.analysis.registry_contrast import CONTRAST
 from moescope.probe.analysis.registry_languages import LANGUAGE_ANALYSES
 from moescope.probe.analysis.specialization import expert_specialization
 from moescope.probe.errors import AnalysisInputError
@@ -60,59 +60,7 @@ _ALL = (
         ),
     ),
     *LANGUAGE_ANALYSES,
-    Analysis(
-        name="contrast",
-        title="Experts that differ between two groups",
-        question="Which experts go with a behavior, discovered on one half and confirmed on the "
-        "other?",
-        function=expert_contrast,
-        parameters=(
-            Parameter(
-                name="a",
-                type="conditions",
-                default=None,
-                help="FIELD=VALUE of the first group; several must all hold",
-                required=True,
-            ),
-            Parameter(
-                name="b",
-                type="conditions",
-                default=None,
-                help="FIELD=VALUE of the second group; several must all hold",
-                required=True,
-            ),
-            Parameter(
-                name="average",
-                type="choice",
-                default="pooled",
-                help="pooled over tokens, or the mean over units",
-                choices=("pooled", "unit"),
-            ),
-            UNIT,
-            Parameter(
-                name="split",
-                type="flag",
-                default=True,
-                help="rank on one half and test on the other; else max-T on all, optimistic",
-            ),
-            Parameter(
-                name="candidates", type="integer", default=50, help="experts that are tested"
-            ),
-            Parameter(
-                name="q", type="number", default=0.05, help="level of the false discovery rate"
-            ),
-            Parameter(
-                name="bootstrap", type="integer", default=1_000, help="draws for the intervals"
-            ),
-            Parameter(
-                name="permutations",
-                type="integer",
-                default=None,
-                help="of the labels; by default the fewest that suffice, 20 * candidates / q",
-            ),
-            SEED,
-        ),
-    ),
+    CONTRAST,
     Analysis(
         name="prompts",
         title="Prompts and answers",

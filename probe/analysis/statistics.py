@@ -111,42 +111,17 @@ def percentile_interval(draws_DX: FloatArray, coverage: float = 0.95) -> tuple[A
 
     Returns NaN for both ends where no draw is defined.
     """
-    draws = draws_DX[~np.isnan(draws_DX).any(axis=1)]
-    if not len(draws):
-        missing = np.full(draws_DX.shape[1], np.nan)
-        return missing, missing.copy()
-    low, high = np.quantile(draws, [(1 - coverage) / 2, (1 + coverage) / 2], axis=0)
+    ends = [(1 - coverage) / 2, (1 + coverage) / 2]
+    missing_DX = np.isnan(draws_DX)
+    if not missing_DX.any():
+        low, high = np.quantile(draws_DX, ends, axis=0)
+        return low, high
+    low, high = np.full((2, draws_DX.shape[1]), np.nan)
+    known_X = ~missing_DX.all(axis=0)
+    if not known_X.any():
+        return low, high
+    low[known_X], high[known_X] = np.nanquantile(draws_DX[:, known_X], ends, axis=0)
     return low, high
-
-
-def effect_interval(
-    parts: Parts, num_draws: int, rng: np.random.Generator
-) -> tuple[FloatArray, FloatArray]:
-    """95 % unit-bootstrap interval of every effect.
-
-    Units with both labels, in a only and in b only are resampled each among their own, so that no
-    draw lacks a group. Both parts of a matched unit are drawn together.
-    """
-    _, part_unit = np.unique(parts.units, return_inverse=True)
-    num_units = int(part_unit.max()) + 1
-    has = np.zeros((2, num_units), dtype=np.int64)
-    has[0, part_unit[parts.is_a]] = 1
-    has[1, part_unit[~parts.is_a]] = 2
-    kind_U = has.sum(axis=0)
-    draws = []
-    for chunk in _chunks(num_draws, parts):
-        weights_DU = np.zeros((chunk, num_units))
-        for kind in np.unique(kind_U):
-            own = kind_U == kind
-            weights_DU[:, own] = bootstrap_weights(int(own.sum()), chunk, rng)
-        weights_DP = weights_DU[:, part_unit]
-        rates = []
-        for kept_P in (parts.is_a, ~parts.is_a):
-            kept_DP = weights_DP[:, kept_P]
-            tokens_D = kept_DP @ parts.tokens[kept_P]
-            rates.append(divide(kept_DP @ parts.counts[kept_P], tokens_D[:, None]))
-        draws.append(rates[0] - rates[1])
-    return percentile_interval(np.concatenate(draws))
 
 
 def split_halves(stratum_U: IntArray, rng: np.random.Generator) -> BoolArray:

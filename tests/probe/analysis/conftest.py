@@ -14,9 +14,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from moescope.probe.interchange.assemble import assemble
+from moescope.probe.interchange.files import digest
+from moescope.probe.interchange.imported import ImportOptions
+from moescope.probe.interchange.into_store import store_import
+from moescope.probe.interchange.registry import importer
 from moescope.probe.storage.locks import insert_rows, writing
 from moescope.probe.storage.slots import arrays_of_slots, as_stored
 from moescope.probe.storage.store import Store
+from moescope.probe.storage.verify import verify_run
+
+REAL_ROUTING = Path(__file__).resolve().parents[4] / "shared/data/deepseek_v2_lite_routing"
 
 Slots = Mapping[int, Sequence[tuple[int, float]]]  # layer -> (expert, weight), any order
 
@@ -212,3 +220,19 @@ def random_store(tmp_path_factory: pytest.TempPathFactory, random_items: list[It
     """`random_items` as a run."""
     path = tmp_path_factory.mktemp("random") / "store.duckdb"
     return write_run(path, RANDOM_SHAPES, random_items)
+
+
+@pytest.fixture(scope="session")
+def real_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Real routing of DeepSeek-V2-Lite (deepseek-ai/ESFT): domains law and summary."""
+    if not REAL_ROUTING.is_dir():
+        pytest.skip(f"real recorded routing is not here ({REAL_ROUTING})")
+    store = tmp_path_factory.mktemp("real") / "store.duckdb"
+    paths, options = (
+        [REAL_ROUTING / "law", REAL_ROUTING / "summary"],
+        ImportOptions(model="deepseek-v2-lite"),
+    )
+    imported = importer("esft").read(paths, options)
+    store_import(assemble(imported, options, digest(paths)), store, "real")
+    assert verify_run(Store(store), "real") == []
+    return Store(store)

@@ -12,7 +12,11 @@ import pytest
 from scipy import stats
 
 from moescope.probe.analysis import Filters, expert_contrast
-from moescope.probe.analysis.discovery import ContrastSettings, check_settings, contrast_parts
+from moescope.probe.analysis.cells import Cells
+from moescope.probe.analysis.contrast_rules import make_rule
+from moescope.probe.analysis.contrast_settings import ContrastSettings, check_settings
+from moescope.probe.analysis.discovery import ContrastResult, discover
+from moescope.probe.analysis.selection import Router
 from moescope.probe.analysis.statistics import Parts, benjamini_hochberg
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.storage.store import Store
@@ -176,9 +180,13 @@ def test_few_units_are_refused_or_noted(
 ) -> None:
     items = outcome_items(lab, refused=[[[0]]] * 5, correct=[[[1]]] * 3, other=[[[0]]])
     store = make_store([lab.Shape(layer=0, num_experts=2, top_k=1)], items)
-    with pytest.raises(AnalysisInputError, match=r"group b has 3 units .* each half needs 2"):
+    with pytest.raises(
+        AnalysisInputError, match=r"group b .outcome=correct. has 3 units .* each half needs 2"
+    ):
         expert_contrast(store, "run", a=REFUSED, b=CORRECT)
-    with pytest.raises(AnalysisInputError, match=r"group b has 1 unit .* a contrast needs 2"):
+    with pytest.raises(
+        AnalysisInputError, match=r"group b .outcome=other. has 1 unit .* a contrast needs 2"
+    ):
         expert_contrast(store, "run", a=REFUSED, b={"outcome": ["other"]}, split=False)
     table = expert_contrast(store, "run", a=REFUSED, b=CORRECT, split=False)
     assert not any("no p can be below" in note for note in table.notes)  # 1 of 56 assignments
@@ -231,6 +239,17 @@ def noise(rng: np.random.Generator, experts: int, *, step: float = 0.0) -> tuple
     counts = rng.binomial(tokens[:, None], rates).astype(np.float32)
     parts = Parts(counts=counts, tokens=tokens.astype(float), units=np.arange(40), is_a=is_a)
     return parts, np.where(is_a, 1, 2)
+
+
+def contrast_parts(parts: Parts, strata: Any, how: ContrastSettings) -> ContrastResult:
+    """Discovery on parts whose experts belong to one router."""
+    cells = Cells(
+        counts=parts.counts, tokens=parts.tokens, units=parts.units,
+        classes=(~parts.is_a).astype(np.int64), num_classes=2,
+    )  # fmt: skip
+    size = parts.counts.shape[1]
+    router = Router(layer=0, kind="mlp", moe_layer=0, num_experts=size, top_k=1)
+    return discover(cells, make_rule(how, [router], cells, ("group a", "group b")), strata, how)
 
 
 def settings(**changes: Any) -> ContrastSettings:

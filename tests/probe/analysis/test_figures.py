@@ -38,6 +38,10 @@ def tables(random_store: Store) -> dict[str, AnalysisTable]:
             random_store, "run", bootstrap=20, floor="none"
         ),
         "contrast": expert_contrast(random_store, "run", a=a, b=b, candidates=6, bootstrap=20),
+        "esft": expert_contrast(random_store, "run", a=a, method="esft_gate", bootstrap=20),
+        "log odds": expert_contrast(
+            random_store, "run", a=a, b=b, candidates=6, bootstrap=20, method="log_odds"
+        ),
         "optimistic": expert_contrast(random_store, "run", a=a, b=b, split=False, bootstrap=20),
         "prompt": prompt_routing(random_store, "run", prompt_id=4),
         "token": token_routing(random_store, "run", prompt_id=4, position=2),
@@ -63,6 +67,9 @@ FIGURES: dict[str, tuple[str, Callable[[AnalysisTable], go.Figure]]] = {
     "languages": ("languages", figures.language_curves),
     "languages without floor": ("languages without floor", figures.language_curves),
     "contrast": ("contrast", figures.contrast_map),
+    "contrast of one group": ("esft", figures.contrast_map),
+    "forest of one group": ("esft", figures.contrast_forest),
+    "forest of log odds": ("log odds", figures.contrast_forest),
     "forest": ("contrast", figures.contrast_forest),
     "optimistic forest": ("optimistic", figures.contrast_forest),
     "prompt": ("prompt", figures.prompt_heatmap),
@@ -194,7 +201,7 @@ def test_forest_shows_intervals_of_the_candidates(tables: dict[str, AnalysisTabl
     np.testing.assert_allclose(effects.x, chosen["effect"])
     np.testing.assert_allclose(effects.x + effects.error_x.array, chosen["high"])
     np.testing.assert_allclose(effects.x - effects.error_x.arrayminus, chosen["low"])
-    np.testing.assert_allclose(discovery.x, chosen["risk_difference"])
+    np.testing.assert_allclose(discovery.x, chosen["score"])
     assert list(effects.y) == [
         f"L{row['layer']} E{row['expert']}" for row in chosen.to_dict("records")
     ]

@@ -20,28 +20,12 @@ from moescope.probe.analysis import (
     expert_specialization,
     load_balance,
 )
-from moescope.probe.interchange.assemble import assemble
-from moescope.probe.interchange.files import digest
-from moescope.probe.interchange.imported import ImportOptions
-from moescope.probe.interchange.into_store import store_import
-from moescope.probe.interchange.registry import importer
 from moescope.probe.storage.store import Store
-from moescope.probe.storage.verify import verify_run
+
+pytestmark = pytest.mark.xdist_group("real_routing")
 
 LAW, SUMMARY = {"domain": ["law"]}, {"domain": ["summary"]}
 DATA = Path(__file__).resolve().parents[4] / "shared/data/deepseek_v2_lite_routing"
-
-
-@pytest.fixture(scope="module")
-def real_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    if not DATA.is_dir():
-        pytest.skip(f"real recorded routing is not here ({DATA})")
-    store = tmp_path_factory.mktemp("real") / "store.duckdb"
-    paths, options = [DATA / "law", DATA / "summary"], ImportOptions(model="deepseek-v2-lite")
-    imported = importer("esft").read(paths, options)
-    store_import(assemble(imported, options, digest(paths)), store, "real")
-    assert verify_run(Store(store), "real") == []
-    return Store(store)
 
 
 def test_published_scores_of_the_authors(real_store: Store) -> None:

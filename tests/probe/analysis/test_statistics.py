@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from moescope.probe.analysis.cells import Cells, difference, unit_interval
 from moescope.probe.analysis.statistics import (
     SMALLEST_ERROR,
     Parts,
     StudentizedDifference,
     benjamini_hochberg,
     bootstrap_weights,
-    effect_interval,
     percentile_interval,
     permutation_p,
     permuted_labels,
@@ -42,6 +42,17 @@ def draw_parts(seed: int, *, only_a: int, only_b: int, matched: int, experts: in
         units=np.asarray(units),
         is_a=np.asarray(is_a),
     )
+
+
+def effect_interval(
+    parts: Parts, draws: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The interval of the difference, from the cells that these parts are."""
+    cells = Cells(
+        counts=parts.counts, tokens=parts.tokens, units=parts.units,
+        classes=(~parts.is_a).astype(np.int64), num_classes=2,
+    )  # fmt: skip
+    return unit_interval(cells, difference, draws, rng)
 
 
 def brute_statistic(parts: Parts, is_a: np.ndarray, expert: int) -> float:
