@@ -44,10 +44,8 @@ NUM_PROMPTS = Column(
 
 
 def value_column(by: str) -> Column:
-    """The first column of a table that is split by a prompt field."""
-    return Column(
-        name="value", unit="", range="text", definition=f"Value of the prompt field {by}."
-    )
+    """The first column of a table that is split by a field of prompts or tokens."""
+    return Column(name="value", unit="", range="text", definition=f"Value of the field {by}.")
 
 
 def router_index(router: Router, values: Sequence[str] | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 from scipy import sparse
 
 from moescope.probe.analysis.selection import IntArray, Router, Selection
+from moescope.probe.analysis.token_fields import TokenField
 from moescope.probe.analysis.token_filters import (
     column_array,
     router_condition,
@@ -66,17 +67,14 @@ class GroupedUsage:
     Attributes:
         routers: one entry per router, in the order of the selection.
         prompt_tokens: counted tokens of each selected prompt (at the router that saw most of them).
+        num_prompts: prompts with at least one counted token, in any group.
         group_prompts: prompts of each group with at least one counted token.
     """
 
     routers: tuple[RouterUsage, ...]
     prompt_tokens: FloatArray
+    num_prompts: int
     group_prompts: IntArray
-
-    @property
-    def num_prompts(self) -> int:
-        """Prompts with at least one counted token, in any group."""
-        return int(self.group_prompts.sum())
 
     @property
     def num_tokens(self) -> int:
@@ -99,8 +97,9 @@ def read_counts(
     *,
     quantities: Sequence[Quantity] = ("num_tokens",),
     dtype: DTypeLike = np.float64,
+    field: TokenField | None = None,
 ) -> GroupedUsage:
-    """Sum usage over groups of prompts.
+    """Sum usage over groups of prompts, or of their tokens.
 
     Args:
         selection: the prompts, tokens and routers that count.
@@ -108,39 +107,46 @@ def read_counts(
         quantities: what to sum over the counted tokens: selections (`num_tokens`), routing
             weights (`weight_sum`), router scores over all E (`prob_sum`).
         dtype: of the sums; float32 is exact for counts below 2**24.
+        field: a field of tokens that splits every group: with V values, group g becomes the groups
+            g * V to g * V + V - 1.
 
     Raises:
         AnalysisInputError: when the run lacks what is asked, or no token is left.
     """
-    num_groups = int(group_P.max(initial=-1)) + 1
+    width = 1 if field is None else len(field.labels)
+    num_groups = (int(group_P.max(initial=-1)) + 1) * width
     totals = {
         router: _Totals(router, num_groups, quantities, dtype) for router in selection.routers
     }
     ids_P = selection.prompt_ids
-    tokens_P = np.zeros(len(ids_P))
-    for router, rows in _rows(selection, group_P, quantities):
+    tokens_PV = np.zeros((len(ids_P), width))
+    for router, rows in _rows(selection, group_P, quantities, field):
         index_R = np.searchsorted(ids_P, rows.prompt_ids)
-        totals[router].add(group_P[index_R], rows)
-        seen_P = np.bincount(index_R, rows.tokens, minlength=len(ids_P))
-        np.maximum(tokens_P, seen_P, out=tokens_P)
-    tokens_P[group_P < 0] = 0
-    counted_P = tokens_P > 0
-    if not counted_P.any():
+        kept_R = group_P[index_R] >= 0
+        group_R = np.where(kept_R, group_P[index_R] * width + rows.values, -1)
+        totals[router].add(group_R, rows)
+        cell_R = index_R * width + rows.values
+        seen = np.bincount(cell_R, rows.tokens * kept_R, minlength=tokens_PV.size)
+        np.maximum(tokens_PV, seen.reshape(tokens_PV.shape), out=tokens_PV)
+    if not tokens_PV.any():
         raise AnalysisInputError(
             f"run {selection.run_id!r} has no routed token among: {selection.filters.describe()}"
         )
+    prompts, values = np.nonzero(tokens_PV)
     return GroupedUsage(
         routers=tuple(total.usage() for total in totals.values()),
-        prompt_tokens=tokens_P,
-        group_prompts=np.bincount(group_P[counted_P], minlength=num_groups),
+        prompt_tokens=tokens_PV.sum(axis=1),
+        num_prompts=len(np.unique(prompts)),
+        group_prompts=np.bincount(group_P[prompts] * width + values, minlength=num_groups),
     )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Rows:
-    """Rows of one router: the prompt, its counted tokens, and arrays [R, E] by quantity."""
+    """Rows of one router: prompt, value of the field, tokens, and arrays [R, E] by quantity."""
 
     prompt_ids: IntArray
+    values: IntArray
     tokens: FloatArray
     arrays: Mapping[str, FloatArray | sparse.csr_array]
 
@@ -182,17 +188,23 @@ def _batches(selection: Selection, group_P: IntArray) -> Iterator[tuple[int, int
 
 
 def _rows(
-    selection: Selection, group_P: IntArray, quantities: Sequence[Quantity]
+    selection: Selection,
+    group_P: IntArray,
+    quantities: Sequence[Quantity],
+    field: TokenField | None,
 ) -> Iterator[tuple[Router, _Rows]]:
-    if selection.filters.needs_positions:
-        yield from _token_rows(selection, group_P, quantities)
+    if selection.filters.needs_positions or (field is not None and field.needs_positions):
+        yield from _token_rows(selection, group_P, quantities, field)
         return
     for batch in _batches(selection, group_P):
-        yield from _usage_rows(selection, batch, quantities)
+        yield from _usage_rows(selection, batch, quantities, field)
 
 
 def _usage_rows(
-    selection: Selection, batch: tuple[int, int], quantities: Sequence[Quantity]
+    selection: Selection,
+    batch: tuple[int, int],
+    quantities: Sequence[Quantity],
+    field: TokenField | None,
 ) -> Iterator[tuple[Router, _Rows]]:
     conditions = [
         "run_id = ?",
@@ -200,9 +212,10 @@ def _usage_rows(
         router_condition(selection.routers),
         *token_conditions(selection.filters),
     ]
+    columns = ["prompt_id", "layer", "kind", "routed_tokens", *quantities]
+    columns += [] if field is None else [field.name]
     table = selection.store.arrow(
-        f"SELECT prompt_id, layer, kind, routed_tokens, {', '.join(quantities)} "
-        f"FROM usage_arrays WHERE {' AND '.join(conditions)}",
+        f"SELECT {', '.join(columns)} FROM usage_arrays WHERE {' AND '.join(conditions)}",
         [selection.run_id, *batch],
     ).combine_chunks()
     for name in quantities:
@@ -221,6 +234,7 @@ def _usage_rows(
             router,
             _Rows(
                 prompt_ids=column_array(part, "prompt_id"),
+                values=_no_value(part.num_rows) if field is None else field.of_usage(part),
                 tokens=column_array(part, "routed_tokens").astype(np.float64),
                 arrays={name: _matrix(part, name, router, selection) for name in quantities},
             ),
@@ -228,31 +242,44 @@ def _usage_rows(
 
 
 def _token_rows(
-    selection: Selection, group_P: IntArray, quantities: Sequence[Quantity]
+    selection: Selection,
+    group_P: IntArray,
+    quantities: Sequence[Quantity],
+    field: TokenField | None,
 ) -> Iterator[tuple[Router, _Rows]]:
-    """Rows of prompts summed from single tokens, for scopes that usage does not know."""
+    """Rows of prompts summed from single tokens, for what usage does not know."""
     if "prob_sum" in quantities:
+        what = "position" if field is not None else f"tokens {selection.filters.scope!r}"
         raise AnalysisInputError(
-            f"router scores are summed over whole phases, so tokens {selection.filters.scope!r} "
-            "cannot be picked out of them; use tokens all, prompt or generated"
+            f"router scores are summed over whole phases, so {what} cannot be picked out of them; "
+            "use tokens all, prompt or generated, and no positions"
         )
-    tokens = read_tokens(selection)
+    own = [field.name] if field is not None and not field.needs_positions else []
+    tokens = read_tokens(selection, own)
+    value_T = _no_value(len(tokens)) if field is None else field.of_tokens(tokens)
+    width = 1 if field is None else len(field.labels)
     asks_weights = "weight_sum" in quantities
     for block in read_slots(selection, tokens, weights=asks_weights):
-        prompts, row_T = np.unique(tokens.prompts[block.tokens], return_inverse=True)
+        cell_T = tokens.prompts[block.tokens] * width + value_T[block.tokens]
+        cells, row_T = np.unique(cell_T, return_inverse=True)
+        prompts = cells // width
         for router, experts_TK in block.experts.items():
             weights_TK = block.weights[router] if asks_weights else None
-            counted = count_slots(router, experts_TK, weights_TK, row_T, len(prompts))
-            arrays = {name: counted.sums[name] for name in quantities}
+            counted = count_slots(router, experts_TK, weights_TK, row_T, len(cells))
             kept = (counted.tokens > 0) & (group_P[prompts] >= 0)
             yield (
                 router,
                 _Rows(
                     prompt_ids=selection.prompt_ids[prompts[kept]],
+                    values=(cells % width)[kept],
                     tokens=counted.tokens[kept],
-                    arrays={name: array[kept] for name, array in arrays.items()},
+                    arrays={name: counted.sums[name][kept] for name in quantities},
                 ),
             )
+
+
+def _no_value(number: int) -> IntArray:
+    return np.zeros(number, dtype=np.int64)
 
 
 def count_slots(

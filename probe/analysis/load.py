@@ -42,6 +42,7 @@ from moescope.probe.analysis.measures import (
     normalize,
 )
 from moescope.probe.analysis.selection import Selection, group_by_value, missing_value_notes, select
+from moescope.probe.analysis.token_fields import TOKEN_FIELDS, token_field
 from moescope.probe.storage.store import Store
 
 LOAD_COLUMNS = (
@@ -182,7 +183,7 @@ def expert_load(
         store: where the run lies.
         run_id: the run.
         filters: which prompts, tokens and routers count.
-        by: a prompt field; one set of rows per value of it, in a first column `value`.
+        by: a field of prompts or tokens; one set of rows per value, in a first column `value`.
 
     Raises:
         AnalysisInputError: for an unknown field, or when nothing is left to count.
@@ -218,7 +219,7 @@ def load_balance(
         store: where the run lies.
         run_id: the run.
         filters: which prompts, tokens and routers count.
-        by: a prompt field; one row per value of it, in a first column `value`.
+        by: a field of prompts or tokens; one row per value of it, in a first column `value`.
 
     Raises:
         AnalysisInputError: for an unknown field, or when nothing is left to count.
@@ -260,15 +261,19 @@ def load_balance(
 def _read(
     store: Store, run_id: str, filters: Filters, by: str | None
 ) -> tuple[Selection, list[str] | None, GroupedUsage]:
-    selection = select(store, run_id, filters, fields=[by] if by else ())
-    if by is None:
-        values, group_P = None, np.zeros(len(selection.prompts), dtype=np.int64)
-    else:
+    is_token_field = by in TOKEN_FIELDS
+    selection = select(store, run_id, filters, fields=[by] if by and not is_token_field else ())
+    values, group_P, field = None, np.zeros(len(selection.prompts), dtype=np.int64), None
+    if by is not None and is_token_field:
+        field = token_field(selection, by)
+        values = list(field.labels)
+    elif by is not None:
         values, group_P = group_by_value(selection, by)
     quantities: list[Quantity] = ["num_tokens"]
     if has_quantity(selection, "weight_sum"):
         quantities.append("weight_sum")
-    return selection, values, read_counts(selection, group_P, quantities=quantities)
+    usage = read_counts(selection, group_P, quantities=quantities, field=field)
+    return selection, values, usage
 
 
 def _importance(usage: RouterUsage) -> FloatArray:
@@ -288,9 +293,9 @@ def _table(
     by: str | None,
 ) -> AnalysisTable:
     described = columns if by is None else (value_column(by), *columns)
-    notes = (
-        selection.notes if by is None else (*selection.notes, *missing_value_notes(selection, by))
-    )
+    notes = selection.notes
+    if by is not None and by not in TOKEN_FIELDS:
+        notes += missing_value_notes(selection, by)
     return AnalysisTable(
         name=name,
         title=title if by is None else f"{title} by {by}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from moescope.probe.analysis.balance_loss import balance_loss
 from moescope.probe.analysis.frame import Analysis, Parameter
 from moescope.probe.analysis.load import expert_load, load_balance
 from moescope.probe.analysis.parameters import SEED, UNIT
@@ -12,10 +13,14 @@ from moescope.probe.analysis.prompt_view import prompt_list, prompt_routing, tok
 from moescope.probe.analysis.registry_contrast import CONTRAST
 from moescope.probe.analysis.registry_languages import LANGUAGE_ANALYSES
 from moescope.probe.analysis.specialization import expert_specialization
+from moescope.probe.analysis.token_fields import TOKEN_FIELDS
 from moescope.probe.errors import AnalysisInputError
 
 _SPLIT_BY = Parameter(
-    name="by", type="text", default=None, help="a prompt field; one set of rows per value"
+    name="by",
+    type="text",
+    default=None,
+    help=f"a field of prompts, or of tokens ({', '.join(TOKEN_FIELDS)}); rows per value",
 )
 _PROMPT_ID = Parameter(
     name="prompt_id", type="integer", default=None, help="the prompt's number", required=True
@@ -37,6 +42,23 @@ _ALL = (
         parameters=(_SPLIT_BY,),
     ),
     Analysis(
+        name="balance-loss",
+        title="Load-balancing loss at three levels",
+        question="How far does each sequence favor experts, while all of them together balance?",
+        function=balance_loss,
+        parameters=(
+            Parameter(name="batch_size", type="integer", default=16, help="prompts of a batch"),
+            UNIT,
+            Parameter(
+                name="bootstrap",
+                type="integer",
+                default=500,
+                help="draws for the interval of the gap, 0 for none",
+            ),
+            SEED,
+        ),
+    ),
+    Analysis(
         name="specialization",
         title="Specialization by a prompt field",
         question="Which experts does a kind of text use: a language, a domain, a label?",
@@ -46,7 +68,8 @@ _ALL = (
                 name="by",
                 type="text",
                 default=None,
-                help="the prompt field whose values are compared",
+                help="the field whose values are compared: of prompts, or of tokens "
+                f"({', '.join(TOKEN_FIELDS)})",
                 required=True,
             ),
             UNIT,

@@ -8,7 +8,7 @@ removed). Intervals resample whole units (items with all their translations), ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ from moescope.probe.analysis.selection import (
     unit_labels,
 )
 from moescope.probe.analysis.statistics import bootstrap_weights, percentile_interval
+from moescope.probe.analysis.token_fields import TOKEN_FIELDS, token_field
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.storage.store import Store
 
@@ -116,7 +117,7 @@ def expert_specialization(
     Args:
         store: where the run lies.
         run_id: the run.
-        by: the prompt field whose values are compared.
+        by: the field of prompts or tokens whose values are compared.
         filters: which prompts, tokens and routers count.
         unit: the prompt field that joins prompts into units of resampling; a prompt without it is
             a unit of its own.
@@ -129,7 +130,8 @@ def expert_specialization(
     """
     if bootstrap < 0:
         raise AnalysisInputError(f"bootstrap is {bootstrap}; it is 0 (no intervals) or more")
-    selection = select(store, run_id, filters or Filters(), fields=[by, unit])
+    fields = [unit] if by in TOKEN_FIELDS else [by, unit]
+    selection = select(store, run_id, filters or Filters(), fields=fields)
     usage, units = _read_units(selection, by, unit)
     rng = np.random.default_rng(seed)
     weights = {
@@ -148,7 +150,9 @@ def expert_specialization(
         context=selection.context(
             num_prompts=usage.num_prompts, num_tokens=usage.num_tokens, parameters=parameters
         ),
-        notes=(*selection.notes, *missing_value_notes(selection, by)),
+        notes=selection.notes
+        if by in TOKEN_FIELDS
+        else (*selection.notes, *missing_value_notes(selection, by)),
     )
 
 
@@ -172,17 +176,26 @@ class _Units:
 
 def _read_units(selection: Selection, by: str, unit: str) -> tuple[GroupedUsage, _Units]:
     """Usage by (value, unit)."""
-    values, value_P = group_by_value(selection, by)
     unit_P = unit_labels(selection.prompts, unit)
-    num_units = int(unit_P.max()) + 1
-    valued_P = value_P >= 0
-    group_P = np.full(len(value_P), -1, dtype=np.int64)
-    pairs, group_P[valued_P] = np.unique(
-        value_P[valued_P] * num_units + unit_P[valued_P], return_inverse=True
-    )
-    usage = read_counts(selection, group_P)
-    groups = np.flatnonzero(usage.group_prompts)
-    present, value_of = np.unique(pairs[groups] // num_units, return_inverse=True)
+    if by in TOKEN_FIELDS:
+        field = token_field(selection, by)
+        values: Sequence[str] = field.labels
+        usage = read_counts(selection, unit_P, field=field)
+        groups = np.flatnonzero(usage.group_prompts)
+        groups = groups[np.argsort(groups % len(values), kind="stable")]
+        value_G = groups % len(values)
+    else:
+        values, value_P = group_by_value(selection, by)
+        num_units = int(unit_P.max()) + 1
+        valued_P = value_P >= 0
+        group_P = np.full(len(value_P), -1, dtype=np.int64)
+        pairs, group_P[valued_P] = np.unique(
+            value_P[valued_P] * num_units + unit_P[valued_P], return_inverse=True
+        )
+        usage = read_counts(selection, group_P)
+        groups = np.flatnonzero(usage.group_prompts)
+        value_G = pairs[groups] // num_units
+    present, value_of = np.unique(value_G, return_inverse=True)
     prompts_V = np.bincount(value_of, weights=usage.group_prompts[groups])
     return usage, _Units(
         values=[values[index] for index in present],

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from moescope.probe.analysis import Filters, expert_contrast
-from moescope.probe.analysis.cells import Cells
-from moescope.probe.analysis.contrast_rules import make_rule
-from moescope.probe.analysis.contrast_settings import ContrastSettings, check_settings
-from moescope.probe.analysis.discovery import ContrastResult, discover
-from moescope.probe.analysis.selection import Router
-from moescope.probe.analysis.statistics import Parts, benjamini_hochberg
+from moescope.probe.analysis.statistics import benjamini_hochberg
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.storage.store import Store
 
@@ -225,77 +218,3 @@ def test_bad_parameters_are_refused(planted: Store, changes: dict[str, Any], mat
     arguments: dict[str, Any] = {"a": REFUSED, "b": CORRECT} | changes
     with pytest.raises(AnalysisInputError, match=match):
         expert_contrast(planted, "run", **arguments)
-
-
-def noise(rng: np.random.Generator, experts: int, *, step: float = 0.0) -> tuple[Parts, Any]:
-    """Two groups of 14 and 26 units alike but for expert 0, whose rate in a is higher by `step`.
-
-    Tokens of a unit depend on each other strongly: every unit has its own rates; lengths 5 to 500.
-    """
-    tokens = np.exp(rng.uniform(np.log(5), np.log(500), 40)).astype(int)
-    is_a = np.arange(40) < 14
-    rates = rng.beta(0.6, 8.0, (40, experts))
-    rates[is_a, 0] = np.minimum(rates[is_a, 0] + step, 1)
-    counts = rng.binomial(tokens[:, None], rates).astype(np.float32)
-    parts = Parts(counts=counts, tokens=tokens.astype(float), units=np.arange(40), is_a=is_a)
-    return parts, np.where(is_a, 1, 2)
-
-
-def contrast_parts(parts: Parts, strata: Any, how: ContrastSettings) -> ContrastResult:
-    """Discovery on parts whose experts belong to one router."""
-    cells = Cells(
-        counts=parts.counts, tokens=parts.tokens, units=parts.units,
-        classes=(~parts.is_a).astype(np.int64), num_classes=2,
-    )  # fmt: skip
-    size = parts.counts.shape[1]
-    router = Router(layer=0, kind="mlp", moe_layer=0, num_experts=size, top_k=1)
-    return discover(cells, make_rule(how, [router], cells, ("group a", "group b")), strata, how)
-
-
-def settings(**changes: Any) -> ContrastSettings:
-    defaults: dict[str, Any] = {
-        "average": "pooled", "split": True, "candidates": 50, "q": 0.05, "bootstrap": 1,
-        "permutations": None, "seed": 0,
-    }  # fmt: skip
-    return check_settings(**(defaults | changes))
-
-
-def discoveries_in_noise(draws: int, experts: int, **changes: Any) -> tuple[int, int]:
-    """Draws with any confirmed expert, and draws where a token-level z-test finds one."""
-    confirmed = by_tokens = 0
-    for seed in range(draws):
-        parts, strata = noise(np.random.default_rng([17, seed]), experts)
-        result = contrast_parts(parts, strata, settings(seed=seed, **changes))
-        confirmed += bool(result.confirmed.any())
-        rate_a, rate_b = parts.rates()
-        n_a, n_b = parts.tokens[parts.is_a].sum(), parts.tokens[~parts.is_a].sum()
-        pooled = parts.counts.sum(axis=0) / (n_a + n_b)
-        error = np.sqrt(pooled * (1 - pooled) * (1 / n_a + 1 / n_b))
-        p = 2 * stats.norm.sf(np.abs(rate_a - rate_b) / np.maximum(error, 1e-12))
-        by_tokens += bool((benjamini_hochberg(p) <= 0.05).any())
-    return confirmed, by_tokens
-
-
-@pytest.mark.parametrize("changes", [{}, {"average": "unit"}, {"split": False}])
-def test_noise_is_rarely_confirmed_while_tokens_as_units_always_are(changes: Any) -> None:
-    draws = 25
-    found, by_tokens = discoveries_in_noise(draws, 120, candidates=20, **changes)
-    assert found <= stats.binom.ppf(0.999, draws, 0.05)
-    assert by_tokens > 0.9 * draws
-
-
-@pytest.mark.soak
-def test_noise_over_many_draws() -> None:
-    draws = max(50, round(500 * float(os.environ.get("MOESCOPE_SOAK", "1"))))
-    found, by_tokens = discoveries_in_noise(draws, 1_664)
-    assert found <= max(0.07 * draws, stats.binom.ppf(0.99, draws, 0.05))
-    assert by_tokens > 0.5 * draws
-
-
-def test_a_planted_step_in_noise_is_confirmed() -> None:
-    for seed in range(5):
-        parts, strata = noise(np.random.default_rng([99, seed]), 1_664, step=0.6)
-        result = contrast_parts(parts, strata, settings(seed=seed, candidates=10))
-        assert result.candidates[0] == 0
-        assert result.confirmed[0]
-        assert not result.confirmed[1:].any()

@@ -35,6 +35,7 @@ from moescope.probe.storage.store import Store
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "load": {},
     "balance": {"by": "lang"},
+    "balance-loss": {"batch_size": "4", "bootstrap": "20"},
     "specialization": {"by": "topic", "bootstrap": "20"},
     "languages": {"bootstrap": "20", "draws": "2"},
     "language-pairs": {"bootstrap": "20", "draws": "2"},
@@ -146,7 +147,7 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         find_analysis("loads")
     with pytest.raises(AnalysisInputError, match="no parameter 'field'; it has: by"):
         find_analysis("load").parse({"field": "lang"})
-    with pytest.raises(AnalysisInputError, match="'specialization' needs by: the prompt field"):
+    with pytest.raises(AnalysisInputError, match="'specialization' needs by: the field"):
         find_analysis("specialization").parse({})
 
 

@@ -1,0 +1,281 @@
+"""The load-balancing loss over sequences, over batches and over the whole run.
+
+    loss = E * sum over experts of f_e * p_e
+
+with f_e the share of tokens that selected expert e (they sum to K) and p_e its mean router score
+(they sum to 1), so that alike use of all experts gives K. Balance within every sequence forces each
+to use all experts; balance over many lets sequences differ. The gap, sequence minus corpus,
+therefore measures specialization (Qiu et al., "Demons in the Detail", arXiv 2501.11873).
+
+Short sequences have a gap by chance alone: the few tokens of one cannot use all experts. Where the
+routing weights are the router's softmax scores, that share of the gap is known (`gap_chance`).
+
+Letters: P prompts, U units, B batches, E experts of a router, D draws.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from moescope.probe.analysis.columns import (
+    KIND,
+    LAYER,
+    NUM_PROMPTS,
+    NUM_TOKENS,
+    stack_parts,
+)
+from moescope.probe.analysis.counts import (
+    FloatArray,
+    Quantity,
+    RouterUsage,
+    has_quantity,
+    read_counts,
+)
+from moescope.probe.analysis.filters import Filters
+from moescope.probe.analysis.frame import AnalysisTable, Column
+from moescope.probe.analysis.measures import divide, normalize
+from moescope.probe.analysis.selection import IntArray, Router, Selection, select, unit_labels
+from moescope.probe.analysis.statistics import bootstrap_weights, percentile_interval
+from moescope.probe.errors import AnalysisInputError
+from moescope.probe.storage.store import Store
+
+_DEMONS = "Qiu et al., arXiv 2501.11873"
+
+
+def _loss(name: str, of: str) -> Column:
+    return Column(
+        name=name,
+        unit="",
+        range="[0, E]; K when all experts are used alike",
+        definition=f"E * sum of f * p, f the share of tokens that selected an expert (sums to K) "
+        f"and p its mean router score (sums to 1), both {of}",
+        source=_DEMONS,
+    )
+
+
+COLUMNS = (
+    LAYER,
+    KIND,
+    _loss("loss_sequence", "of one prompt; mean over prompts, weighted by their tokens."),
+    _loss("loss_batch", "of one batch of prompts; mean over batches, weighted by their tokens."),
+    _loss("loss_corpus", "of all counted tokens."),
+    Column(
+        name="loss_balanced",
+        unit="",
+        range="K",
+        definition="The loss if all experts were used alike.",
+    ),
+    Column(
+        name="gap",
+        unit="",
+        range="any number; 0 when all prompts use experts alike",
+        definition="loss_sequence minus loss_corpus: how much prompts specialize.",
+        source=_DEMONS,
+    ),
+    Column(
+        name="gap_low",
+        unit="",
+        range="missing with fewer than 2 units",
+        definition="2.5th percentile of the gap over resampled units.",
+    ),
+    Column(
+        name="gap_high",
+        unit="",
+        range="missing with fewer than 2 units",
+        definition="97.5th percentile of the gap over resampled units.",
+    ),
+    Column(
+        name="gap_chance",
+        unit="",
+        range="0 or more; missing where weights are not the router's softmax scores",
+        definition="The gap expected when tokens are dealt to prompts of these lengths at random: "
+        "E * sum of (P - 1) / (N - 1) * (mean of M p - f p), for N tokens in P prompts, M whether "
+        "a token selects the expert.",
+    ),
+    Column(
+        name="batch_size",
+        unit="prompts",
+        range="1 or more",
+        definition="Prompts of a batch; the last may have fewer.",
+    ),
+    NUM_TOKENS,
+    NUM_PROMPTS,
+    Column(
+        name="num_units",
+        unit="units",
+        range="1 or more",
+        definition="Units of resampling with a counted token.",
+    ),
+)
+
+
+def balance_loss(
+    store: Store,
+    run_id: str,
+    *,
+    filters: Filters | None = None,
+    batch_size: int = 16,
+    unit: str = "pair_id",
+    bootstrap: int = 500,
+    seed: int = 0,
+) -> AnalysisTable:
+    """The load-balancing loss of every router at three levels.
+
+    Args:
+        store: where the run lies.
+        run_id: the run.
+        filters: which prompts, tokens and routers count.
+        batch_size: prompts of a batch; they are drawn into batches at random.
+        unit: the prompt field that joins prompts into units of resampling; a prompt without it is
+            a unit of its own.
+        bootstrap: draws for the 95 % interval of the gap; 0 leaves it missing.
+        seed: of batches and draws.
+
+    Raises:
+        AnalysisInputError: when the run has no router scores, a parameter is out of range, or
+            nothing is left to count.
+    """
+    if batch_size < 1 or bootstrap < 0:
+        raise AnalysisInputError(
+            f"batch_size is {batch_size} and bootstrap {bootstrap}; they are at least 1 and 0"
+        )
+    selection = select(store, run_id, filters or Filters(), fields=[unit])
+    if not has_quantity(selection, "prob_sum"):
+        raise AnalysisInputError(
+            f"run {run_id!r} has no router scores over all experts, which the load-balancing loss "
+            "needs: its source did not record them"
+        )
+    has_weights = has_quantity(selection, "weight_sum")
+    group_P = np.arange(len(selection.prompts))
+    quantities: list[Quantity] = ["num_tokens", "prob_sum"]
+    quantities += ["weight_sum"] if has_weights else []
+    usage = read_counts(selection, group_P, quantities=quantities)
+    counted_P = np.flatnonzero(usage.group_prompts)
+    unit_P = np.unique(unit_labels(selection.prompts, unit)[counted_P], return_inverse=True)[1]
+    rng = np.random.default_rng(seed)
+    batch_P = rng.permutation(len(counted_P)) // batch_size
+    weights_DU = bootstrap_weights(int(unit_P.max()) + 1, bootstrap, rng) if bootstrap else None
+    weight_scales = _weight_scales(selection) if has_weights else {}
+    parts = [
+        _row(one, counted_P, batch_P, unit_P, weights_DU, weight_scales.get(one.router))
+        | {"batch_size": [batch_size]}
+        for one in usage.routers
+    ]
+    missing = sum(bool(np.isnan(part["gap_chance"])) for part in parts)
+    notes = selection.notes
+    if missing:
+        notes += (
+            f"gap_chance is missing in {missing} of {len(parts)} routers: their routing weights "
+            "are not the softmax scores themselves, so it is not known how large a gap short "
+            "prompts alone would make.",
+        )
+    parameters = {
+        "batch_size": batch_size, "unit": unit, "bootstrap": bootstrap, "seed": seed,
+    }  # fmt: skip
+    return AnalysisTable(
+        name="balance-loss",
+        title="Load-balancing loss of sequences, batches and corpus",
+        frame=stack_parts(parts, COLUMNS),
+        columns=COLUMNS,
+        context=selection.context(
+            num_prompts=usage.num_prompts, num_tokens=usage.num_tokens, parameters=parameters
+        ),
+        notes=notes,
+    )
+
+
+def loss(counts_GE: FloatArray, scores_GE: FloatArray, tokens_G: FloatArray) -> FloatArray:
+    """E * sum of f p of groups, f = counts / tokens and p = scores over their sum. [..., E]."""
+    f_GE = divide(counts_GE, tokens_G[..., None])
+    return np.asarray(counts_GE.shape[-1] * (f_GE * normalize(scores_GE)).sum(axis=-1))
+
+
+def _row(
+    usage: RouterUsage,
+    counted_P: IntArray,
+    batch_P: IntArray,
+    unit_P: IntArray,
+    weights_DU: FloatArray | None,
+    scale: float | None,
+) -> dict[str, Any]:
+    """One router."""
+    passed = usage.tokens[counted_P] > 0
+    own_P = counted_P[passed]
+    counts, scores = (usage.sums[name][own_P] for name in ("num_tokens", "prob_sum"))
+    tokens = usage.tokens[own_P]
+    by_batch = [_summed(values, batch_P[passed]) for values in (counts, scores, tokens)]
+    weights_P = np.ones((1, len(own_P)))
+    gap = _gap(weights_P, counts, scores, tokens)[0]
+    low, high = np.nan, np.nan
+    units = np.unique(unit_P[passed])
+    if weights_DU is not None and len(units) >= 2:
+        draws_D = _gap(weights_DU[:, unit_P[passed]], counts, scores, tokens)
+        low, high = (float(end[0]) for end in percentile_interval(draws_D[:, None]))
+    return {
+        "layer": [usage.router.layer],
+        "kind": [usage.router.kind],
+        "loss_sequence": _mean(loss(counts, scores, tokens), tokens),
+        "loss_batch": _mean(loss(*by_batch), by_batch[2]),
+        "loss_corpus": loss(counts.sum(axis=0), scores.sum(axis=0), tokens.sum()),
+        "loss_balanced": float(divide(counts.sum(), tokens.sum())),
+        "gap": gap,
+        "gap_low": low,
+        "gap_high": high,
+        "gap_chance": _gap_chance(usage, own_P, scale),
+        "num_tokens": int(tokens.sum()),
+        "num_prompts": len(own_P),
+        "num_units": len(units),
+    }
+
+
+def _gap(
+    weights_DP: FloatArray, counts: FloatArray, scores: FloatArray, tokens: FloatArray
+) -> FloatArray:
+    """Mean over prompts minus the loss of their sum, for weighted prompts, [D]."""
+    drawn_DP = weights_DP * tokens
+    sequences_D = divide(drawn_DP @ np.nan_to_num(loss(counts, scores, tokens)), drawn_DP.sum(1))
+    corpus_D = loss(weights_DP @ counts, weights_DP @ scores, drawn_DP.sum(axis=1))
+    return np.asarray(sequences_D - corpus_D)
+
+
+def _gap_chance(usage: RouterUsage, own_P: IntArray, scale: float | None) -> float:
+    """The gap of tokens dealt at random, from the mean score of the selected experts."""
+    if scale is None:
+        return np.nan
+    tokens = usage.tokens[own_P].sum()
+    if tokens < 2:
+        return np.nan
+    f_E = usage.counts[own_P].sum(axis=0) / tokens
+    p_E = normalize(usage.sums["prob_sum"][own_P].sum(axis=0))
+    together_E = usage.sums["weight_sum"][own_P].sum(axis=0) / scale / tokens
+    share = (len(own_P) - 1) / (tokens - 1)
+    return float(usage.router.num_experts * share * (together_E - f_E * p_E).sum())
+
+
+def _mean(losses_G: FloatArray, tokens_G: FloatArray) -> float:
+    return float(divide((losses_G * tokens_G).sum(), tokens_G.sum()))
+
+
+def _summed(values_P: FloatArray, batch_P: IntArray) -> FloatArray:
+    total = np.zeros((int(batch_P.max()) + 1, *values_P.shape[1:]))
+    np.add.at(total, batch_P, values_P)
+    return total[np.bincount(batch_P) > 0]
+
+
+def _weight_scales(selection: Selection) -> dict[Router, float]:
+    """What the weights are scaled by, for the routers whose weights are their softmax scores."""
+    rows = selection.store.arrow(
+        "SELECT layer, kind, rule FROM layers WHERE run_id = ?", [selection.run_id]
+    ).to_pylist()
+    rules = {(row["layer"], row["kind"]): json.loads(row["rule"] or "{}") for row in rows}
+    found = {}
+    for router in selection.routers:
+        rule = rules[router.layer, router.kind]
+        is_score = rule.get("weights", "score") == "score" and not rule.get("renormalize", True)
+        if rule.get("score") == "softmax" and is_score:
+            in_block = bool(rule.get("scale_in_block", False))
+            found[router] = 1.0 if in_block else float(rule.get("scale") or 1.0)
+    return found
