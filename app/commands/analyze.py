@@ -13,7 +13,7 @@ from moescope.app import console
 from moescope.probe.errors import AnalysisInputError, InputError
 
 if TYPE_CHECKING:
-    from moescope.probe.analysis import AnalysisTable, Filters, Parameter
+    from moescope.probe.analysis import Analysis, AnalysisTable, Filters, Parameter
 
 StoreOption = Annotated[Path | None, typer.Option(help="The DuckDB file.")]
 RunOption = Annotated[str | None, typer.Option(help="The run; not needed if there is only one.")]
@@ -32,6 +32,9 @@ OutOption = Annotated[
     Path | None, typer.Option(help="Write the table to FILE.csv, .parquet or .json.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Compute again, also when the result is stored.")
+]
 RowsOption = Annotated[int, typer.Option(min=1, help="Rows to print.")]
 
 
@@ -59,6 +62,7 @@ def analyze(
     layers: LayersOption = None,
     all_tokens: AllTokensOption = False,
     out: OutOption = None,
+    fresh: FreshOption = False,
     rows: RowsOption = 20,
     as_json: JsonOption = False,
     list_all: Annotated[
@@ -80,7 +84,7 @@ def analyze(
     arguments = analysis.parse(_extra_parameters(context.args))
     filters = read_filters(analysis.filters, where, tokens, layers, all_tokens)
     opened, run_id = open_run(store, run)
-    table = analysis.function(opened, run_id, filters=filters, **arguments)
+    table = _answer(opened, run_id, analysis, filters, arguments, fresh=fresh)
     show_table(table, out=out, rows=rows, as_json=as_json)
 
 
@@ -130,6 +134,7 @@ def contrast(
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of halves and resampling.")] = 0,
     out: OutOption = None,
+    fresh: FreshOption = False,
     rows: RowsOption = 20,
     as_json: JsonOption = False,
 ) -> None:
@@ -137,7 +142,7 @@ def contrast(
 
     Example: moescope contrast --store demo.duckdb --a outcome=refused --b outcome=correct
     """
-    from moescope.probe.analysis import expert_contrast, find_analysis
+    from moescope.probe.analysis import find_analysis
 
     analysis = find_analysis("contrast")
     given = {
@@ -153,8 +158,31 @@ def contrast(
     arguments = analysis.parse(typed)
     filters = read_filters(analysis.filters, where, tokens, layers, all_tokens)
     opened, run_id = open_run(store, run)
-    table = expert_contrast(opened, run_id, filters=filters, **arguments)
+    table = _answer(opened, run_id, analysis, filters, arguments, fresh=fresh)
     show_table(table, out=out, rows=rows, as_json=as_json, columns=_CONTRAST_COLUMNS)
+
+
+def _answer(
+    store: Any,
+    run_id: str,
+    analysis: Analysis,
+    filters: Filters,
+    arguments: Mapping[str, Any],
+    *,
+    fresh: bool,
+) -> AnalysisTable:
+    """The table, stored or computed, with a word on which of the two."""
+    from moescope.probe.analysis.stored import answer
+
+    found = answer(store, run_id, analysis, filters=filters, arguments=arguments, fresh=fresh)
+    if found.stored_at is not None:
+        console.say(
+            f"stored result of {found.stored_at:%Y-%m-%d %H:%M} UTC, nothing has changed since; "
+            "--fresh computes it again"
+        )
+    if found.not_stored is not None:
+        console.say(f"the result is not stored: {found.not_stored}")
+    return found.table
 
 
 def open_run(store: Path, run: str | None) -> tuple[Any, str]:

@@ -106,7 +106,9 @@ class AnalysisTable:
         raise KeyError(f"table {self.name!r} has no column {name!r}; it has {known}")
 
 
-ParameterType = Literal["text", "integer", "number", "flag", "choice", "conditions", "texts"]
+ParameterType = Literal[
+    "text", "integer", "number", "flag", "choice", "conditions", "texts", "run", "file"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +117,9 @@ class Parameter:
 
     Attributes:
         name: of the keyword argument; `--` and dashes make the option of it.
-        type: `text`, `integer`, `number`, `flag`, `choice`, or, of what may be given several
-            times, `conditions` (FIELD=VALUE) and `texts`.
+        type: `text`, `integer`, `number`, `flag`, `choice`, `run` (another run of the store),
+            `file` (a path), or, of what may be given several times, `conditions` (FIELD=VALUE) and
+            `texts`.
         default: what holds when it is not given.
         help: one line for `--help`.
         choices: the values of a `choice`.
@@ -148,7 +151,7 @@ class Parameter:
             raise AnalysisInputError(
                 f"{self.name} is {value!r}; it is one of {', '.join(self.choices)}"
             )
-        if self.type in ("text", "choice"):
+        if self.type in ("text", "choice", "run", "file"):
             return value
         return self._parse_scalar(value)
 
@@ -176,6 +179,7 @@ class Analysis:
         function: `(store, run_id, *, filters, parameters...) -> AnalysisTable`.
         parameters: what it takes beside filters.
         filters: the filters that hold where the user gives none.
+        stored: whether results are worth keeping: not those that are read from rows as they are.
     """
 
     name: str
@@ -184,6 +188,7 @@ class Analysis:
     function: Callable[..., AnalysisTable]
     parameters: tuple[Parameter, ...] = ()
     filters: Filters = field(default_factory=Filters)
+    stored: bool = True
 
     def parse(self, values: Mapping[str, str | Sequence[str]]) -> dict[str, Any]:
         """Turn typed parameters into keyword arguments, defaults filled in.

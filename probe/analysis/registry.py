@@ -89,12 +89,14 @@ _ALL = (
         title="Prompts and answers",
         question="What was asked, what did the model write, and how was it judged?",
         function=prompt_list,
+        stored=False,
     ),
     Analysis(
         name="prompt",
         title="Routing of one prompt",
         question="Which expert does each token of a prompt go to, at every layer?",
         function=prompt_routing,
+        stored=False,
         parameters=(_PROMPT_ID,),
     ),
     Analysis(
@@ -102,6 +104,7 @@ _ALL = (
         title="Experts of one token",
         question="Which experts does a token use, with which weights?",
         function=token_routing,
+        stored=False,
         parameters=(
             _PROMPT_ID,
             Parameter(

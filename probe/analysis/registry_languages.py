@@ -90,7 +90,7 @@ LANGUAGE_ANALYSES = (
             ),
             Parameter(
                 name="scores",
-                type="text",
+                type="file",
                 default=None,
                 help="a CSV file with lang and score, instead of a share of prompts",
             ),

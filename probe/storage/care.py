@@ -20,6 +20,7 @@ from moescope.probe.storage.copying import OWN_TABLES, RUN_TABLES, SHARED_TABLES
 from moescope.probe.storage.faults import database_errors
 from moescope.probe.storage.files import disk_errors, remove_folder, resolve_store
 from moescope.probe.storage.locks import Announce, reading, rewriting, writing
+from moescope.probe.storage.results import forget_results
 from moescope.probe.storage.rows import transaction
 from moescope.probe.storage.run_folder import check_run_name, run_folder
 from moescope.probe.storage.run_log import run_log
@@ -64,6 +65,7 @@ def delete_run(
         with disk_errors(f"removing {folder.path}"):
             remove_folder(folder.path)
             run_log(store, run_id).path.unlink(missing_ok=True)
+            forget_results(store, run_id)
             if not any(folder.path.parent.iterdir()):
                 folder.path.parent.rmdir()
     return rows
@@ -80,7 +82,8 @@ class Vacuumed:
 def vacuum_store(path: str | os.PathLike[str], *, announce: Announce | None = None) -> Vacuumed:
     """Write the store anew, without the space of what was deleted; it takes the old one's place.
 
-    Readers and writers wait meanwhile. Needs as much free space as the new file takes.
+    Stored results of analyses go too. Readers and writers wait meanwhile. Needs as much free space
+    as the new file takes.
 
     Raises:
         StoreError: the file is missing or no store.
@@ -96,6 +99,7 @@ def vacuum_store(path: str | os.PathLike[str], *, announce: Announce | None = No
         for table in (*RUN_TABLES, *SHARED_TABLES, *OWN_TABLES):
             with transaction(new):
                 copy_table(old, new, table)
+    forget_results(store)
     return Vacuumed(before=before, after=store.stat().st_size)
 
 
