@@ -21,6 +21,7 @@ SECTIONS: Final = {
         ("specialization", "Specialization", ":material/category:"),
         ("load", "Load and balance", ":material/balance:"),
         ("languages", "Languages by layer", ":material/translate:"),
+        ("analyses", "All analyses", ":material/query_stats:"),
     ),
     "Cause and change": (
         ("refusal", "Refusal experts", ":material/compare_arrows:"),

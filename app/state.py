@@ -194,6 +194,10 @@ def comparable_fields(run: ShownRun) -> dict[str, list[str]]:
     return _comparable(str(run.store), run.run_id, run.stamp)
 
 
+# What takes less is computed again, so that looking around does not fill a folder.
+_WORTH_STORING_S: Final = 1.0
+
+
 def forget_results() -> None:
     """Drop every cached result, so that the next look reads the store again."""
     _analyze.clear()
@@ -330,11 +334,19 @@ def _analyze(
 ) -> AnalysisTable:
     # Streamlit leaves arguments with an underscore out of the cache key; `key` stands for them.
     import_ahead(*ANALYSIS).join()
-    from moescope.probe.analysis import find_analysis
+    from moescope.probe.analysis import answer, find_analysis
 
     analysis = find_analysis(name)
     store = Store(path, wait_s=_WAIT_S)
-    return analysis.function(store, run_id, filters=_filters or analysis.filters, **_parameters)
+    found = answer(
+        store,
+        run_id,
+        analysis,
+        filters=_filters or analysis.filters,
+        arguments=_parameters,
+        worth_s=_WORTH_STORING_S,
+    )
+    return found.table
 
 
 @st.cache_data(show_spinner=False, max_entries=50)

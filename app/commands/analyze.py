@@ -32,6 +32,9 @@ OutOption = Annotated[
     Path | None, typer.Option(help="Write the table to FILE.csv, .parquet or .json.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+FigureOption = Annotated[
+    Path | None, typer.Option(help="Write the figures of the table to FILE.html.")
+]
 FreshOption = Annotated[
     bool, typer.Option("--fresh", help="Compute again, also when the result is stored.")
 ]
@@ -62,6 +65,7 @@ def analyze(
     layers: LayersOption = None,
     all_tokens: AllTokensOption = False,
     out: OutOption = None,
+    figure: FigureOption = None,
     fresh: FreshOption = False,
     rows: RowsOption = 20,
     as_json: JsonOption = False,
@@ -80,12 +84,13 @@ def analyze(
         raise InputError("name an analysis and a --store; moescope analyze --list shows them")
     from moescope.probe.analysis import find_analysis
 
+    check_targets(out, figure)
     analysis = find_analysis(name)
     arguments = analysis.parse(_extra_parameters(context.args))
     filters = read_filters(analysis.filters, where, tokens, layers, all_tokens)
     opened, run_id = open_run(store, run)
     table = _answer(opened, run_id, analysis, filters, arguments, fresh=fresh)
-    show_table(table, out=out, rows=rows, as_json=as_json)
+    show_table(table, out=out, figure=figure, rows=rows, as_json=as_json)
 
 
 def contrast(
@@ -134,6 +139,7 @@ def contrast(
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of halves and resampling.")] = 0,
     out: OutOption = None,
+    figure: FigureOption = None,
     fresh: FreshOption = False,
     rows: RowsOption = 20,
     as_json: JsonOption = False,
@@ -144,6 +150,7 @@ def contrast(
     """
     from moescope.probe.analysis import find_analysis
 
+    check_targets(out, figure)
     analysis = find_analysis("contrast")
     given = {
         "a": a, "b": b, "method": method, "measure": measure, "average": average, "unit": unit,
@@ -159,7 +166,7 @@ def contrast(
     filters = read_filters(analysis.filters, where, tokens, layers, all_tokens)
     opened, run_id = open_run(store, run)
     table = _answer(opened, run_id, analysis, filters, arguments, fresh=fresh)
-    show_table(table, out=out, rows=rows, as_json=as_json, columns=_CONTRAST_COLUMNS)
+    show_table(table, out=out, figure=figure, rows=rows, as_json=as_json, columns=_CONTRAST_COLUMNS)
 
 
 def _answer(
@@ -231,6 +238,7 @@ def show_table(
     table: AnalysisTable,
     *,
     out: Path | None,
+    figure: Path | None = None,
     rows: int,
     as_json: bool,
     columns: Sequence[str] | None = None,
@@ -243,6 +251,8 @@ def show_table(
 
     if out is not None:
         write_table(table, out)
+    if figure is not None:
+        write_figures(table, figure)
     if as_json:
         console.print_json(table_as_json(table))
         return
@@ -260,6 +270,36 @@ def show_table(
         console.emit(f"note: {note}")
     if out is not None:
         console.say(f"{len(table.frame):,} rows written to {out}")
+    if figure is not None:
+        console.say(f"figures written to {figure}")
+
+
+def check_targets(out: Path | None, figure: Path | None) -> None:
+    """Refuse names that do not say a format, before anything is computed.
+
+    Raises:
+        InputError: for another suffix.
+    """
+    from moescope.probe.analysis.export import check_suffix
+
+    if out is not None:
+        check_suffix(out)
+    if figure is not None and figure.suffix.lower() != ".html":
+        raise InputError(f"{figure}: figures are written as a page; its name must end in .html")
+
+
+def write_figures(table: AnalysisTable, path: Path) -> None:
+    """All figures of a table as one page.
+
+    Raises:
+        InputError: the table is only read, or the place cannot be written.
+    """
+    from moescope.probe.analysis.export import write_whole
+    from moescope.probe.figures.drawings import drawings_of, figure_page
+
+    if not drawings_of(table):
+        raise InputError(f"analysis {table.name} has no figure; leave out --figure")
+    write_whole(path, figure_page(table).encode())
 
 
 def _short(value: Any) -> str:

@@ -48,7 +48,7 @@ def write_table(table: AnalysisTable, path: str | os.PathLike[str]) -> Path:
         AnalysisInputError: for an unknown suffix, or a place that cannot be written.
     """
     suffix = check_suffix(path)
-    return _write_whole(Path(path), _encode(table, suffix))
+    return write_whole(Path(path), _encode(table, suffix))
 
 
 def write_frame(frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
@@ -61,14 +61,18 @@ def write_frame(frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
     if suffix == ".json":
         rows = [_plain(row) for row in frame.to_dict("records")]
         text = json.dumps(rows, ensure_ascii=False, indent=1, default=str)
-        return _write_whole(Path(path), (text + "\n").encode())
+        return write_whole(Path(path), (text + "\n").encode())
     if suffix == ".csv":
-        return _write_whole(Path(path), _csv(frame))
-    return _write_whole(Path(path), _parquet(pa.Table.from_pandas(frame, preserve_index=False)))
+        return write_whole(Path(path), _csv(frame))
+    return write_whole(Path(path), _parquet(pa.Table.from_pandas(frame, preserve_index=False)))
 
 
-def _write_whole(target: Path, content: bytes) -> Path:
-    """The file appears under its name only when it is whole."""
+def write_whole(target: Path, content: bytes) -> Path:
+    """Write a file that appears under its name only when it is whole.
+
+    Raises:
+        AnalysisInputError: for a place that cannot be written.
+    """
     unfinished = temporary_sibling(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

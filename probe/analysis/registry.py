@@ -12,6 +12,9 @@ from moescope.probe.analysis.parameters import SEED, UNIT
 from moescope.probe.analysis.prompt_view import prompt_list, prompt_routing, token_routing
 from moescope.probe.analysis.registry_contrast import CONTRAST
 from moescope.probe.analysis.registry_languages import LANGUAGE_ANALYSES
+from moescope.probe.analysis.registry_pairs import PAIR_ANALYSES
+from moescope.probe.analysis.registry_two_runs import TWO_RUN_ANALYSES
+from moescope.probe.analysis.registry_vocabulary import VOCABULARY_ANALYSES
 from moescope.probe.analysis.specialization import expert_specialization
 from moescope.probe.analysis.token_fields import TOKEN_FIELDS
 from moescope.probe.errors import AnalysisInputError
@@ -82,8 +85,11 @@ _ALL = (
             SEED,
         ),
     ),
+    *VOCABULARY_ANALYSES,
+    *PAIR_ANALYSES,
     *LANGUAGE_ANALYSES,
     CONTRAST,
+    *TWO_RUN_ANALYSES,
     Analysis(
         name="prompts",
         title="Prompts and answers",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -50,6 +51,7 @@ def answer(
     filters: Filters,
     arguments: Mapping[str, Any],
     fresh: bool = False,
+    worth_s: float = 0.0,
 ) -> Answer:
     """Find the result of an analysis, or compute and store it.
 
@@ -60,6 +62,7 @@ def answer(
         filters: which prompts, tokens and routers count.
         arguments: of the analysis' function, as `Analysis.parse` gives them.
         fresh: compute it again, also when it is stored.
+        worth_s: results that took fewer seconds are not stored.
 
     Raises:
         InputError: as the analysis does.
@@ -71,7 +74,10 @@ def answer(
         found = _read(path)
         if found is not None:
             return Answer(table=found, stored_at=datetime.fromtimestamp(path.stat().st_mtime, UTC))
+    began = time.monotonic()
     table = analysis.function(store, run_id, filters=filters, **arguments)
+    if time.monotonic() - began < worth_s:
+        return Answer(table=table)
     # The run may have grown meanwhile: then the result is of a state that nobody asks for again.
     if path == _path(store, run_id, analysis, filters, arguments):
         try:

@@ -19,7 +19,7 @@ OpenApp = Callable[..., AppTest]
 Texts = Callable[[AppTest], str]
 Figures = Callable[[AppTest], list[dict[str, Any]]]
 
-PAGES = ("runs", "prompt", "specialization", "load", "languages", "refusal", "steering")
+PAGES = ("runs", "prompt", "specialization", "load", "languages", "analyses", "refusal", "steering")
 
 
 def pick(app: AppTest, label: str) -> Any:
@@ -443,3 +443,56 @@ def test_a_table_is_handed_out_whole_in_three_formats(recorded_store: Path) -> N
     assert pd.read_csv(io.BytesIO(frame_bytes(plain, "csv"))).equals(plain)
     assert pd.read_parquet(io.BytesIO(frame_bytes(plain, "parquet"))).equals(plain)
     assert json.loads(frame_bytes(plain, "json"))[0]["layer"] == 0
+
+
+@pytest.mark.parametrize(
+    ("analysis", "typed", "columns"),
+    [
+        ("coactivation", {}, ("other", "lift")),
+        ("information", {"factor": "token,lang"}, ("factor", "share")),
+        ("transition-strength", {}, ("next_layer", "gain")),
+        ("balance", {"by": "segment"}, ("value", "gini")),
+        ("contrast", {"method": "esft_gate"}, ("score", "confirmed")),
+    ],
+)
+def test_any_analysis_is_asked_from_the_page(
+    open_app: OpenApp, figures: Figures, texts: Texts, recorded_store: Path,
+    analysis: str, typed: dict[str, str], columns: tuple[str, ...],
+) -> None:  # fmt: skip
+    app = open_app(recorded_store, "analyses", analysis=analysis)
+    assert not figures(app)
+    assert f"moescope analyze {analysis}" in texts(app)
+    for name, value in typed.items():
+        key = f"analyses_{analysis}_{name}"
+        boxes = [box for box in app.selectbox if box.key == key]
+        if boxes:
+            boxes[0].select(value).run()
+        else:
+            app.text_input(key=key).set_value(value).run()
+    press(app, "Answer")
+    assert [error.value for error in app.error] == []
+    assert len(table_with(app, *columns))
+    assert figures(app)
+
+
+def test_runs_without_common_prompts_are_not_compared(
+    open_app: OpenApp, recorded_store: Path
+) -> None:
+    app = open_app(recorded_store, "analyses", analysis="saturation")
+    assert app.selectbox(key="analyses_saturation_against").options == ["counts", "plain"]
+    press(app, "Answer")
+    assert "none of these prompts in common" in app.error[0].value
+
+
+def test_groups_of_a_contrast_are_typed_on_the_page(
+    open_app: OpenApp, recorded_store: Path
+) -> None:
+    app = open_app(recorded_store, "analyses", analysis="contrast")
+    app.text_area(key="analyses_contrast_a").set_value("lang=en").run()
+    press(app, "Answer")
+    assert "compares two groups; give b too" in app.error[0].value
+    app.text_area(key="analyses_contrast_b").set_value("lang=de").run()
+    app.text_input(key="analyses_contrast_candidates").set_value("4").run()
+    press(app, "Answer")
+    assert not app.error
+    assert table_with(app, "score", "q")["candidate"].sum() == 4

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,12 +39,21 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "balance": {"by": "lang"},
     "balance-loss": {"batch_size": "4", "bootstrap": "20"},
     "specialization": {"by": "topic", "bootstrap": "20"},
+    "vocabulary": {"min_count": "3"},
+    "expert-tokens": {"min_count": "3"},
+    "information": {"factor": "token,lang", "shuffles": "2"},
+    "coactivation": {},
+    "partners": {},
+    "transitions": {},
+    "transition-strength": {"shuffles": "1"},
     "languages": {"bootstrap": "20", "draws": "2"},
     "language-pairs": {"bootstrap": "20", "draws": "2"},
     "language-scores": {"score": "label=a", "draws": "2"},
     "delta-experts": {"reference": "en", "bootstrap": "20"},
     "contrast": {"a": ["label=a"], "b": ["label=b", "lang=en,de"], "candidates": "4",
                  "bootstrap": "20"},
+    "saturation": {"against": "other"},
+    "drift": {"against": "other"},
     "prompts": {},
     "prompt": {"prompt_id": "3"},
     "token": {"prompt_id": "3", "position": "1"},
@@ -64,11 +75,35 @@ def five_languages(make_store: Callable[..., Store], lab: SimpleNamespace) -> St
 
 
 @pytest.fixture(scope="module")
-def tables(random_store: Store, five_languages: Store) -> dict[str, AnalysisTable]:
+def two_runs(
+    random_store: Store,
+    random_items: list[Any],
+    lab: SimpleNamespace,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Store:
+    """The random run and, as `other`, the same with the routing of layer 2 in layer 1."""
+    path = tmp_path_factory.mktemp("two") / "store.duckdb"
+    shutil.copy(random_store.path, path)
+    shapes = [lab.Shape(layer=layer, num_experts=8, top_k=2) for layer in (1, 2, 4)]
+    turned = [
+        replace(
+            item,
+            tokens=[
+                replace(token, slots={**token.slots, 1: token.slots[2]}) for token in item.tokens
+            ],
+        )
+        for item in random_items
+    ]
+    return lab.write_run(path, shapes, turned, run_id="other")  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def tables(random_store: Store, five_languages: Store, two_runs: Store) -> dict[str, AnalysisTable]:
     """Every analysis, asked the way the command line asks."""
+    stores = {"language-scores": five_languages, "saturation": two_runs, "drift": two_runs}
     answers = {}
     for name, analysis in ANALYSES.items():
-        store = five_languages if name == "language-scores" else random_store
+        store = stores.get(name, random_store)
         arguments = analysis.parse(ARGUMENTS[name])
         answers[name] = analysis.function(store, "run", filters=analysis.filters, **arguments)
     return answers
@@ -94,8 +129,10 @@ def test_every_analysis_answers_with_described_columns_and_n(
         assert (table.context.model, table.context.revision) == ("planted", "r1")
         assert table.context.num_prompts > 0
         assert table.context.num_tokens > 0
-    for name in ("load", "balance", "specialization", "contrast", "token", "delta-experts"):
-        assert any("chance" in column.name for column in tables[name].columns)
+    levels = ("chance", "expected", "base_rate", "expert_rate", "floor", "shuffled", "p_max")
+    for name in ANALYSES.keys() - {"prompts", "prompt"}:
+        described = [column.name for column in tables[name].columns]
+        assert any(level in column for column in described for level in levels), name
 
 
 @pytest.mark.parametrize("name", ANALYSES)
