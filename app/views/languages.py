@@ -129,7 +129,7 @@ def _show_tree(run: state.ShownRun, q: str, floor: str) -> None:
 
 
 def _show_scores(run: state.ShownRun, q: str, pivot: str, floor: str, num_languages: int) -> None:
-    from moescope.probe.analysis.language_scores import FEWEST_LANGUAGES
+    from moescope.probe.analysis.languages.scores import FEWEST_LANGUAGES
 
     if num_languages <= FEWEST_LANGUAGES:
         st.info(

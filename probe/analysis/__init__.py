@@ -7,30 +7,30 @@ Nothing here imports torch, transformers or streamlit.
 
 from __future__ import annotations
 
-from moescope.probe.analysis.balance_loss import balance_loss
-from moescope.probe.analysis.coactivation import expert_coactivation
-from moescope.probe.analysis.contrast import expert_contrast
-from moescope.probe.analysis.delta_experts import delta_experts
-from moescope.probe.analysis.drift import expert_drift
-from moescope.probe.analysis.expert_tokens import expert_tokens
+from moescope.probe.analysis.contrasts.contrast import expert_contrast
 from moescope.probe.analysis.export import table_as_json, write_table
 from moescope.probe.analysis.filters import Filters, parse_conditions
 from moescope.probe.analysis.frame import Analysis, AnalysisTable, Column, Context, Parameter
-from moescope.probe.analysis.information import routing_information
-from moescope.probe.analysis.language_pairs import language_pairs
-from moescope.probe.analysis.language_scores import language_scores
-from moescope.probe.analysis.languages import language_divergence
-from moescope.probe.analysis.load import expert_load, load_balance
-from moescope.probe.analysis.partners import expert_partners
+from moescope.probe.analysis.languages.divergence import language_divergence
+from moescope.probe.analysis.languages.pairs import language_pairs
+from moescope.probe.analysis.languages.scores import language_scores
+from moescope.probe.analysis.pairs.coactivation import expert_coactivation
+from moescope.probe.analysis.pairs.partners import expert_partners
+from moescope.probe.analysis.pairs.transition_strength import transition_strength
+from moescope.probe.analysis.pairs.transitions import expert_transitions
 from moescope.probe.analysis.prompt_view import prompt_list, prompt_routing, token_routing
 from moescope.probe.analysis.registry import ANALYSES, find_analysis
-from moescope.probe.analysis.saturation import router_saturation
 from moescope.probe.analysis.selection import field_values, known_fields
-from moescope.probe.analysis.specialization import expert_specialization
 from moescope.probe.analysis.stored import Answer, answer
-from moescope.probe.analysis.transition_strength import transition_strength
-from moescope.probe.analysis.transitions import expert_transitions
-from moescope.probe.analysis.vocabulary import vocabulary_specialization
+from moescope.probe.analysis.tokens.expert_tokens import expert_tokens
+from moescope.probe.analysis.tokens.information import routing_information
+from moescope.probe.analysis.tokens.vocabulary import vocabulary_specialization
+from moescope.probe.analysis.two_runs.drift import expert_drift
+from moescope.probe.analysis.two_runs.saturation import router_saturation
+from moescope.probe.analysis.usage.balance_loss import balance_loss
+from moescope.probe.analysis.usage.delta_experts import delta_experts
+from moescope.probe.analysis.usage.load import expert_load, load_balance
+from moescope.probe.analysis.usage.specialization import expert_specialization
 
 __all__ = [
     "ANALYSES",

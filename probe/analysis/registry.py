@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from moescope.probe.analysis.balance_loss import balance_loss
+from moescope.probe.analysis.contrasts.entries import CONTRAST
 from moescope.probe.analysis.frame import Analysis, Parameter
-from moescope.probe.analysis.load import expert_load, load_balance
+from moescope.probe.analysis.languages.entries import LANGUAGE_ANALYSES
+from moescope.probe.analysis.pairs.entries import PAIR_ANALYSES
 from moescope.probe.analysis.parameters import SEED, UNIT
 from moescope.probe.analysis.prompt_view import prompt_list, prompt_routing, token_routing
-from moescope.probe.analysis.registry_contrast import CONTRAST
-from moescope.probe.analysis.registry_languages import LANGUAGE_ANALYSES
-from moescope.probe.analysis.registry_pairs import PAIR_ANALYSES
-from moescope.probe.analysis.registry_two_runs import TWO_RUN_ANALYSES
-from moescope.probe.analysis.registry_vocabulary import VOCABULARY_ANALYSES
-from moescope.probe.analysis.specialization import expert_specialization
 from moescope.probe.analysis.token_fields import TOKEN_FIELDS
+from moescope.probe.analysis.tokens.entries import VOCABULARY_ANALYSES
+from moescope.probe.analysis.two_runs.entries import TWO_RUN_ANALYSES
+from moescope.probe.analysis.usage.balance_loss import balance_loss
+from moescope.probe.analysis.usage.load import expert_load, load_balance
+from moescope.probe.analysis.usage.specialization import expert_specialization
 from moescope.probe.errors import AnalysisInputError
 
 _SPLIT_BY = Parameter(

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from moescope.probe.analysis.contrast_methods import METHODS
+from moescope.probe.analysis.contrasts.methods import METHODS
 from moescope.probe.analysis.frame import AnalysisTable
 from moescope.probe.figures.style import (
     DIVERGING,

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moescope.probe.analysis.balance_loss import balance_loss, loss
 from moescope.probe.analysis.filters import Filters
+from moescope.probe.analysis.usage.balance_loss import balance_loss, loss
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.storage.locks import writing
 from moescope.probe.storage.store import Store
@@ -115,7 +115,8 @@ def gap_of(tokens: list[Any], order: np.ndarray) -> float:
 def test_levels_agree_with_loops_over_usage(random_store: Store) -> None:
     frame = balance_loss(random_store, "run", filters=Filters(tokens="prompt")).frame
     usage = random_store.query(
-        "SELECT u.prompt_id, layer, expert, sum(num_tokens)::DOUBLE AS n, sum(prob_sum)::DOUBLE AS p FROM usage u "
+        "SELECT prompt_id, layer, expert, sum(num_tokens)::DOUBLE AS n, "
+        "sum(prob_sum)::DOUBLE AS p FROM usage "
         "WHERE phase = 'prompt' AND segment != 'template' AND NOT is_special GROUP BY ALL"
     )
     for row in frame.to_dict("records"):

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from moescope.probe.analysis import pair_counts, token_slots
-from moescope.probe.analysis.coactivation import expert_coactivation
-from moescope.probe.analysis.partners import expert_partners
-from moescope.probe.analysis.registry_pairs import PAIR_ANALYSES
+from moescope.probe.analysis.pairs.coactivation import expert_coactivation
+from moescope.probe.analysis.pairs.entries import PAIR_ANALYSES
+from moescope.probe.analysis.pairs.partners import expert_partners
 from moescope.probe.demo.planted_routing import plant_routing
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.interchange.assemble import assemble

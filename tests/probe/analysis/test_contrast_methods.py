@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from moescope.probe.analysis import Filters, expert_contrast
 from moescope.probe.analysis.cells import Cells, difference, unit_interval
-from moescope.probe.analysis.contrast_methods import (
+from moescope.probe.analysis.contrasts.methods import (
     METHODS,
     class_contrast,
     class_parts,
@@ -26,7 +26,7 @@ from moescope.probe.analysis.contrast_methods import (
     log_odds,
     npmi_score,
 )
-from moescope.probe.analysis.contrast_settings import check_settings, parse_markers
+from moescope.probe.analysis.contrasts.settings import check_settings, parse_markers
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.storage.store import Store
 

@@ -18,10 +18,10 @@ from scipy import stats
 
 from moescope.probe.analysis import information_terms, label_counts
 from moescope.probe.analysis.filters import Filters
-from moescope.probe.analysis.information import routing_information
 from moescope.probe.analysis.intervals import jackknife_groups, jackknife_interval
-from moescope.probe.analysis.label_counts import RouterSlots, arrange, compact
 from moescope.probe.analysis.selection import Router
+from moescope.probe.analysis.tokens.information import routing_information
+from moescope.probe.analysis.tokens.label_counts import RouterSlots, arrange, compact
 from moescope.probe.demo.planted_routing import plant_routing
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.storage.locks import writing

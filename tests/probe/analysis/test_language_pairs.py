@@ -19,7 +19,7 @@ from moescope.probe.analysis import (
     language_pairs,
     language_scores,
 )
-from moescope.probe.analysis.language_scores import _correlations
+from moescope.probe.analysis.languages.scores import _correlations
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.figures import language_tree, score_curves
 from moescope.probe.storage.store import Store

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from moescope.probe.analysis import Filters, language_divergence
-from moescope.probe.analysis.language_floor import neighbors_in_length
+from moescope.probe.analysis.languages.floor import neighbors_in_length
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.storage.store import Store
 

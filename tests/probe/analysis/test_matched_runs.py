@@ -13,7 +13,7 @@ import pytest
 
 from moescope.probe.analysis import token_slots
 from moescope.probe.analysis.filters import Filters
-from moescope.probe.analysis.matched_runs import MatchedRuns, match_runs, read_pairs
+from moescope.probe.analysis.two_runs.matched_runs import MatchedRuns, match_runs, read_pairs
 from moescope.probe.errors import AnalysisInputError, RunError
 from moescope.probe.storage.locks import writing
 from moescope.probe.storage.store import Store

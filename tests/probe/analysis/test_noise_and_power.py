@@ -12,9 +12,9 @@ import pytest
 from scipy import stats
 
 from moescope.probe.analysis.cells import Cells
-from moescope.probe.analysis.contrast_rules import make_rule
-from moescope.probe.analysis.contrast_settings import ContrastSettings, check_settings
-from moescope.probe.analysis.discovery import ContrastResult, discover
+from moescope.probe.analysis.contrasts.discovery import ContrastResult, discover
+from moescope.probe.analysis.contrasts.rules import make_rule
+from moescope.probe.analysis.contrasts.settings import ContrastSettings, check_settings
 from moescope.probe.analysis.selection import Router
 from moescope.probe.analysis.statistics import Parts, benjamini_hochberg
 

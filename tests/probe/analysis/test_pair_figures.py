@@ -11,11 +11,11 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from moescope.probe.analysis.coactivation import expert_coactivation
 from moescope.probe.analysis.frame import AnalysisTable
-from moescope.probe.analysis.partners import expert_partners
-from moescope.probe.analysis.transition_strength import transition_strength
-from moescope.probe.analysis.transitions import expert_transitions
+from moescope.probe.analysis.pairs.coactivation import expert_coactivation
+from moescope.probe.analysis.pairs.partners import expert_partners
+from moescope.probe.analysis.pairs.transition_strength import transition_strength
+from moescope.probe.analysis.pairs.transitions import expert_transitions
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.figures.coactivation import coactivation_heatmap, partner_overview
 from moescope.probe.figures.transitions import (

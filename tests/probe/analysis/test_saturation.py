@@ -14,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moescope.probe.analysis.drift import expert_drift
 from moescope.probe.analysis.filters import Filters
-from moescope.probe.analysis.registry_two_runs import TWO_RUN_ANALYSES
-from moescope.probe.analysis.saturation import router_saturation
+from moescope.probe.analysis.two_runs.drift import expert_drift
+from moescope.probe.analysis.two_runs.entries import TWO_RUN_ANALYSES
+from moescope.probe.analysis.two_runs.saturation import router_saturation
 from moescope.probe.demo.planted_routing import plant_routing
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.storage.locks import writing

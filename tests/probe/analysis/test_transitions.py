@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from moescope.probe.analysis import pair_counts
 from moescope.probe.analysis.filters import Filters
-from moescope.probe.analysis.registry_pairs import PAIR_ANALYSES
-from moescope.probe.analysis.transition_strength import transition_strength
-from moescope.probe.analysis.transitions import expert_transitions
+from moescope.probe.analysis.pairs import pair_counts
+from moescope.probe.analysis.pairs.entries import PAIR_ANALYSES
+from moescope.probe.analysis.pairs.transition_strength import transition_strength
+from moescope.probe.analysis.pairs.transitions import expert_transitions
 from moescope.probe.demo.planted_routing import plant_routing
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.interchange.assemble import assemble

@@ -11,9 +11,9 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from moescope.probe.analysis.drift import expert_drift
 from moescope.probe.analysis.frame import AnalysisTable
-from moescope.probe.analysis.saturation import router_saturation
+from moescope.probe.analysis.two_runs.drift import expert_drift
+from moescope.probe.analysis.two_runs.saturation import router_saturation
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.figures.two_runs import drift_forest, drift_map, saturation_curves
 from moescope.probe.storage.store import Store

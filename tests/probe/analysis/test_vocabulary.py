@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from moescope.probe.analysis import label_counts
-from moescope.probe.analysis.expert_tokens import expert_tokens
 from moescope.probe.analysis.filters import Filters
-from moescope.probe.analysis.vocabulary import vocabulary_specialization
+from moescope.probe.analysis.tokens import label_counts
+from moescope.probe.analysis.tokens.expert_tokens import expert_tokens
+from moescope.probe.analysis.tokens.vocabulary import vocabulary_specialization
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.storage.locks import writing
 from moescope.probe.storage.store import Store

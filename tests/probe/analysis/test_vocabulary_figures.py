@@ -9,11 +9,11 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from moescope.probe.analysis.expert_tokens import expert_tokens
 from moescope.probe.analysis.frame import AnalysisTable
-from moescope.probe.analysis.information import routing_information
-from moescope.probe.analysis.registry_vocabulary import VOCABULARY_ANALYSES
-from moescope.probe.analysis.vocabulary import vocabulary_specialization
+from moescope.probe.analysis.tokens.entries import VOCABULARY_ANALYSES
+from moescope.probe.analysis.tokens.expert_tokens import expert_tokens
+from moescope.probe.analysis.tokens.information import routing_information
+from moescope.probe.analysis.tokens.vocabulary import vocabulary_specialization
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.figures.information import information_curves, information_map
 from moescope.probe.figures.vocabulary import expert_words, vocabulary_curves

@@ -1,0 +1,1 @@
+"""Which experts go with a behavior: groups compared, and one group described."""

@@ -1,0 +1,1 @@
+"""How languages are routed: divergence from a pivot, from one another, and what goes with it."""

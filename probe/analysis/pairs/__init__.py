@@ -1,0 +1,1 @@
+"""Which experts go together: within a layer, and from one layer to the next."""

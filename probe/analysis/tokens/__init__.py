@@ -1,0 +1,1 @@
+"""What tokens say about routing: vocabulary, words of an expert, and routing as information."""

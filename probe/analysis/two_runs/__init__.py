@@ -1,0 +1,1 @@
+"""A run against another: the same tokens, routed by two models, checkpoints or plans."""

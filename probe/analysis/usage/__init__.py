@@ -1,0 +1,1 @@
+"""What usage alone answers: load and balance, and which experts a kind of text uses."""
