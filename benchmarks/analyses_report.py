@@ -231,7 +231,7 @@ SECTIONS = (
     Section("contrast", {"a": "outcome=refused", "method": "ftri"}, of_contrast,
             (*BASE, "score", "effect", "low", "high", "q", "confirmed", "rate_a", "rate_b"),
             fields=REFUSAL, heading="Refusal experts by fTRI on observed outcomes"),
-    Section("contrast", {"a": "domain=DOMAIN", "method": "esft_token"}, of_esft,
+    Section("contrast", {"a": "domain=code", "method": "esft_token"}, of_esft,
             (*BASE, "score", "score_chance", "low", "high", "confirmed"),
             fields=DOMAINS, heading="Experts of one domain by ESFT's token score"),
     Section("saturation", {"against": "demo-base"}, of_saturation,

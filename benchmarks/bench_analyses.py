@@ -42,13 +42,13 @@ class Case:
     Attributes:
         analysis: its name.
         typed: its parameters.
-        goal_s: seconds it should take at most.
+        goal_s: seconds it should take at most, or None.
         numpy: what computes the bare number from arrays, or None.
     """
 
     analysis: str
     typed: dict[str, Any]
-    goal_s: float
+    goal_s: float | None
     numpy: Callable[[Arrays], object] | None = None
 
 
@@ -143,8 +143,8 @@ CASES = (
     Case("transition-strength", {}, 10, transitions(1)),
     Case("vocabulary", {}, 10, vocabulary),
     Case("expert-tokens", {}, 10, vocabulary),
-    Case("information", {"factor": "domain"}, 10, by_domain),
-    Case("information", {"factor": "token"}, 10, vocabulary),
+    Case("information", {"factor": "domain"}, None, by_domain),
+    Case("information", {"factor": "token"}, None, vocabulary),
     Case("contrast", CONTRAST, 20, by_domain),
     Case("contrast", {**CONTRAST, "split": "no"}, 20, by_domain),
     Case("contrast", {**CONTRAST, "method": "safex"}, 20, by_domain),
@@ -176,11 +176,13 @@ def line(number: int, case: Case, store: Path) -> str:
     ours = in_process(number, "ours", store)
     values = " ".join(f"{name}={value}" for name, value in case.typed.items() if name not in "ab")
     text = f"{case.analysis} {values}"[:44]
-    row = f"{text:<44} {ours['seconds']:8.2f} {case.goal_s:6.1f} {ours['peak_gb']:8.2f}"
+    goal = "" if case.goal_s is None else f"{case.goal_s:.1f}"
+    row = f"{text:<44} {ours['seconds']:8.2f} {goal:>6} {ours['peak_gb']:8.2f}"
     if case.numpy is not None:
         plain = in_process(number, "numpy", store)["seconds"]
         row += f" {plain:8.2f} {ours['seconds'] / plain:7.2f}"
-    missed = ours["seconds"] > case.goal_s or ours["peak_gb"] > MOST_MEMORY_GB
+    too_slow = case.goal_s is not None and ours["seconds"] > case.goal_s
+    missed = too_slow or ours["peak_gb"] > MOST_MEMORY_GB
     return row + ("  above the goal" if missed else "")
 
 

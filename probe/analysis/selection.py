@@ -117,10 +117,11 @@ def select(store: Store, run_id: str, filters: Filters, *, fields: Sequence[str]
         RunError: when there is no such run.
         AnalysisInputError: for an unknown field or layer, or when no prompt is left.
     """
-    run = store.run(run_id)
-    routers = _select_routers(store, run_id, filters)
     names = tuple(dict.fromkeys([*filters.fields, *fields]))
-    prompts = read_fields(store, run_id, names)
+    with store.at_once():
+        run = store.run(run_id)
+        routers = _select_routers(store, run_id, filters)
+        prompts = read_fields(store, run_id, names)
     notes: tuple[str, ...] = ()
     if run.status != "complete":
         planned = f" of {run.num_prompts} planned" if run.num_prompts is not None else ""

@@ -81,7 +81,8 @@ def coactivation_heatmap(
             + f"{measure} %{{customdata[0]:.4g}}<extra></extra>",
         )
     )
-    figure.data[0].colorbar.title = {"text": unit}
+    # Its title stands above the highest tick, not on it.
+    figure.data[0].colorbar.update(title={"text": unit}, len=0.92, y=0.46)
     _expert_axes(figure, places, is_ordered=order == "expert")
     return figure
 

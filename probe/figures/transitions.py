@@ -95,6 +95,8 @@ def transition_strength_curves(table: AnalysisTable, *, kind: str | None = None)
     dress(figure, table, table.title, height=680)
     distance = table.context.parameters["distance"]
     end = "the next routed layer" if distance == 1 else f"the routed layer {distance} further"
+    if len(frame) <= 32:
+        figure.update_xaxes(tickmode="array", tickvals=frame["layer"].to_numpy())
     figure.update_xaxes(title_text=f"layer (its experts predict {end})", row=len(_PANELS), col=1)
     legend_above(figure)
     return figure

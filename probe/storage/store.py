@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -72,6 +73,7 @@ class Store:
     def __init__(self, path: str | os.PathLike[str], *, wait_s: float = 30.0) -> None:
         self.path: Path = resolve_store(path)
         self._wait_s = wait_s
+        self._shared = threading.local()
         with reading(self.path, wait_s=wait_s):
             pass
 
@@ -90,6 +92,23 @@ class Store:
         ):
             yield con
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let the queries of this thread inside the block share one connection.
+
+        For a handful of small queries, of which opening the file would be most of the time.
+        Writers wait while the block lasts.
+        """
+        if getattr(self._shared, "con", None) is not None:
+            yield
+            return
+        with self.connection() as con:
+            self._shared.con = con
+            try:
+                yield
+            finally:
+                self._shared.con = None
+
     def arrow(self, sql: str, params: Parameters | None = None) -> pa.Table:
         """The whole result of a query as an Arrow table.
 
@@ -99,7 +118,8 @@ class Store:
             StoreBusyError: a writer kept the store for too long.
             duckdb.Error: the query itself is wrong.
         """
-        with self.connection() as con:
+        shared = getattr(self._shared, "con", None)
+        with self.connection() if shared is None else nullcontext(shared) as con:
             _require_queries(con, sql)
             relation = con.sql(sql, params=params)
             return pa.table({}) if relation is None else relation.to_arrow_table()

@@ -108,7 +108,9 @@ def expert_contrast(
     fields = dict.fromkeys([*fields_of(a, b), unit, "lang"])
     selection = select(store, run_id, filters or Filters(), fields=list(fields))
     unit_P = unit_labels(selection.prompts, unit)
-    groups = prompt_groups(selection, METHODS[method], a, b)
+    groups = prompt_groups(
+        selection, METHODS[method], a, b, unit_P=unit_P, fewest=4 if split else 2
+    )
     if settings.markers:
         among = f", {describe(a)}" if a else ""
         groups, data = _at_markers(selection, groups, unit_P, settings, among)
@@ -137,7 +139,7 @@ def expert_contrast(
         context=selection.context(
             num_prompts=data.num_prompts, num_tokens=data.num_tokens, parameters=used
         ),
-        notes=(*selection.notes, *result.notes),
+        notes=(*selection.notes, *groups.notes, *result.notes),
         summary=result.summary,
     )
 

@@ -27,17 +27,33 @@ class Groups:
         classes: 0 for a, 1 and more for what it is compared with, -1 for prompts that take no part.
         names: what messages call each class.
         title: the contrast in a few words.
+        notes: what was left out.
     """
 
     classes: IntArray
     names: tuple[str, ...]
     title: str
+    notes: tuple[str, ...] = ()
 
 
 def prompt_groups(
-    selection: Selection, method: Method, a: Conditions | None, b: Conditions | None
+    selection: Selection,
+    method: Method,
+    a: Conditions | None,
+    b: Conditions | None,
+    *,
+    unit_P: IntArray,
+    fewest: int,
 ) -> Groups:
     """The groups that a method compares, or the one that it describes.
+
+    Args:
+        selection: the prompts.
+        method: of the contrast.
+        a: the first group as it was asked for.
+        b: the second group, likewise.
+        unit_P: unit of each prompt.
+        fewest: units that a class needs; classes that nobody named are left out below it.
 
     Raises:
         AnalysisInputError: for a group that is missing, empty, or shares prompts with the other.
@@ -47,7 +63,7 @@ def prompt_groups(
             f"method {method.name} describes one group and compares it with nothing; leave out b"
         )
     if method.name == "ftri":
-        return _outcome_classes(selection, a, b)
+        return _outcome_classes(selection, a, b, unit_P, fewest)
     if method.groups == "two" and b is None:
         raise AnalysisInputError(f"method {method.name} compares two groups; give b too")
     in_a = np.ones(len(selection.prompts), dtype=bool)
@@ -102,7 +118,13 @@ def strata(lang: pd.Series, unit_P: IntArray, class_P: IntArray) -> IntArray:
     return stratum_U
 
 
-def _outcome_classes(selection: Selection, a: Conditions | None, b: Conditions | None) -> Groups:
+def _outcome_classes(
+    selection: Selection,
+    a: Conditions | None,
+    b: Conditions | None,
+    unit_P: IntArray,
+    fewest: int,
+) -> Groups:
     """Class 0 is a; every other value of its field, or every one that b names, is a class."""
     if not a or len(a) != 1 or (b is not None and list(b) != list(a)):
         raise AnalysisInputError(
@@ -112,7 +134,9 @@ def _outcome_classes(selection: Selection, a: Conditions | None, b: Conditions |
     field = next(iter(a))
     in_a = _members(selection, "a", a)
     values = selection.prompts[field]
-    others = sorted(values[~in_a].dropna().unique()) if b is None else list(b[field])
+    others, notes = (
+        (list(b[field]), ()) if b is not None else _large_classes(values, in_a, unit_P, fewest)
+    )
     if not others:
         raise AnalysisInputError(f"no prompt has another value of {field} than a's")
     class_P = np.where(in_a, 0, -1)
@@ -125,7 +149,21 @@ def _outcome_classes(selection: Selection, a: Conditions | None, b: Conditions |
         classes=class_P,
         names=(f"group a ({describe(a)})", *(f"class {field}={value}" for value in others)),
         title=f"Experts: {describe(a)} against the mean of {rest}",
+        notes=notes,
     )
+
+
+def _large_classes(
+    values: pd.Series, in_a: np.ndarray, unit_P: IntArray, fewest: int
+) -> tuple[list[str], tuple[str, ...]]:
+    """The other values with enough units, and a note on those with fewer."""
+    units = pd.Series(unit_P)[~in_a].groupby(values[~in_a]).nunique()
+    small = units[units < fewest]
+    notes: tuple[str, ...] = ()
+    if len(small):
+        listed = ", ".join(f"{value} ({number})" for value, number in small.items())
+        notes = (f"Classes with fewer than {fewest} units, left out: {listed}.",)
+    return sorted(units.index[units >= fewest]), notes
 
 
 def _members(selection: Selection, name: str, conditions: Conditions) -> np.ndarray:

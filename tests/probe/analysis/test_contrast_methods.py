@@ -95,6 +95,20 @@ def test_ftri_by_hand(small: Store) -> None:
     assert by_expert(sums.frame)["score"].tolist() == pytest.approx(expected)
 
 
+def test_classes_of_too_few_units_are_left_out_unless_named(small: Store) -> None:
+    items = expert_contrast(small, "run", a={"outcome": ["broken"]}, method="ftri", split=False)
+    assert not any("left out" in note for note in items.notes)
+    filters = Filters(fields={"pair_id": ("p0", "p1", "q")})
+    table = expert_contrast(small, "run", a=CORRECT, method="ftri", split=False, filters=filters)
+    assert table.title.endswith("the mean of broken, refused")
+    one = Filters(fields={"pair_id": ("p0", "q", "r")})
+    table = expert_contrast(small, "run", a=CORRECT, method="ftri", split=False, filters=one)
+    assert "Classes with fewer than 2 units, left out: broken (1)." in table.notes
+    with pytest.raises(AnalysisInputError, match="class outcome=broken has 1 unit"):
+        expert_contrast(small, "run", a=CORRECT, b={"outcome": ["broken", "refused"]},
+                        method="ftri", split=False, filters=one)  # fmt: skip
+
+
 def test_scores_of_one_group_by_hand(
     make_store: Callable[..., Store], lab: SimpleNamespace
 ) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from moescope.probe.errors import RunError, StoreError
 from moescope.probe.storage import SHARD_TABLES, RunInfo, Store, reading
+from moescope.probe.storage.locks import writing
 from moescope.probe.storage.run_folder import shards_beside
 from moescope.probe.storage.slots import arrays_of_slots
 
@@ -122,6 +123,33 @@ def test_a_store_cannot_be_changed_through_a_reader(store: Path) -> None:
     with reading(store) as con, pytest.raises(duckdb.InvalidInputException, match="read-only"):
         con.execute("DELETE FROM runs").fetchall()
     assert len(Store(store).runs()) == 1
+
+
+def test_queries_at_once_open_the_store_once_and_leave_it_free(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = Store(store)
+    opened: list[str] = []
+    plain = Store.connection
+
+    def counting(self: Store) -> object:
+        opened.append(threading.current_thread().name)
+        return plain(self)
+
+    monkeypatch.setattr(Store, "connection", counting)
+    with reader.at_once():
+        with reader.at_once():
+            assert reader.run("base").run_id == "base"
+        assert len(reader.layers("base"))
+        other = threading.Thread(target=lambda: reader.runs(), name="other")
+        other.start()
+        other.join()
+    assert opened == ["MainThread", "other"]
+    with pytest.raises(RunError), reader.at_once():
+        reader.run("none")
+    with writing(store, wait_s=1.0) as con:
+        con.execute("SELECT 1").fetchall()
+    assert len(reader.runs())
 
 
 def test_many_threads_share_one_reader(store: Path) -> None:
