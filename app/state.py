@@ -241,7 +241,7 @@ def plan_of(
         model=run.info.model,
         provenance={
             "run": run.run_id,
-            "method": "risk_difference",
+            "method": asked["method"],
             "a": asked["a"],
             "b": asked["b"],
             "n_a": int(first["num_prompts_a"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -42,7 +43,7 @@ def show() -> None:
     if st.button("Answer", type="primary", icon=":material/play_arrow:"):
         st.session_state[_ASKED] = question
     if st.session_state.get(_ASKED) != question:
-        st.caption(f"On the command line: `{_command(run, analysis, typed)}`")
+        st.caption(f"On the command line: `{_command(run, analysis, typed, filters)}`")
         return
     with layout.errors_as_sentences():
         arguments = analysis.parse(typed)
@@ -184,19 +185,26 @@ def _draw(table: AnalysisTable, drawing: Drawing, key: str) -> None:
 
 
 def _command(
-    run: state.ShownRun, analysis: Analysis, typed: Mapping[str, str | Sequence[str]]
+    run: state.ShownRun,
+    analysis: Analysis,
+    typed: Mapping[str, str | Sequence[str]],
+    filters: Filters,
 ) -> str:
     """The same question on the command line, defaults left out."""
     words = ["moescope", "analyze", analysis.name, "--store", str(run.store), "--run", run.run_id]
     for parameter in analysis.parameters:
         value = typed.get(parameter.name)
-        if value is None or value == str(parameter.default).lower():
-            continue
-        if isinstance(value, str) and value == str(parameter.default):
+        if value is None or value in (str(parameter.default), str(parameter.default).lower()):
             continue
         for text in [value] if isinstance(value, str) else value:
             words += [f"--{parameter.name.replace('_', '-')}", text]
-    return " ".join(words)
+    for name, values in filters.fields.items():
+        words += ["--where", f"{name}={','.join(values)}"]
+    if filters.scope != analysis.filters.scope:
+        words += ["--tokens", filters.scope]
+    if filters.layers is not None:
+        words += ["--layers", ",".join(map(str, filters.layers))]
+    return shlex.join(words)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ TITLES = {
     "Specialization": "Specialization",
     "Load and balance": "Load and balance",
     "Languages by layer": "Languages by layer",
+    "All analyses": "All analyses",
     "Refusal experts": "Refusal experts",
     "Steering": "Steering",
     "Runs": "Runs",
@@ -150,7 +151,7 @@ def test_every_page_opens_from_the_navigation(open_page: Callable[..., Any]) -> 
 def test_nothing_is_cut_off_in_wide_and_narrow_windows(
     open_page: Callable[..., Any], width: int, scheme: str
 ) -> None:
-    for path in ("/prompt", "/refusal", "/steering"):
+    for path in ("/prompt", "/analyses", "/refusal", "/steering"):
         page = open_page(path, width=width, scheme=scheme)
         assert_no_error(page)
         main = page.get_by_test_id("stMain")
@@ -213,6 +214,16 @@ def test_a_click_on_a_map_shows_the_expert(open_page: Callable[..., Any], path: 
     click_cell(page, 0, (5.2, 8), (1.5, 3))
     page.get_by_role("heading", name="Layer 1, expert 5").wait_for()
     assert_no_error(page)
+
+
+def test_an_analysis_is_answered_on_its_page(open_page: Callable[..., Any]) -> None:
+    page = open_page("/analyses?analysis=coactivation")
+    assert page.locator(".js-plotly-plot").count() == 0
+    page.get_by_role("button", name="Answer").click()
+    await_title(page, 0, "selected together")
+    settle(page)
+    assert_no_error(page)
+    assert page.get_by_test_id("stDataFrame").count() == 1
 
 
 def test_a_plan_goes_from_the_contrast_to_a_steered_answer(open_page: Callable[..., Any]) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -335,3 +336,39 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
         assert len(lines) == 1 or "Usage" in said, f"{name}: {said}"
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert after == before
+
+
+def test_any_analysis_is_answered_drawn_and_found_again(
+    recorded_store: Path, tmp_path: Path
+) -> None:
+    store = shutil.copy(recorded_store, tmp_path / "runs.duckdb")
+    words = ["analyze", "coactivation", "--store", store, "--run", "base"]
+    figures, table = tmp_path / "out" / "pairs.html", tmp_path / "out" / "pairs.csv"
+    done = moescope(*words, "--figure", figures, "--out", table)
+    assert done.returncode == 0, done.stderr
+    assert "stored result" not in done.stderr
+    page = figures.read_text()
+    assert "Plotly.newPlot" in page and "run base" in page
+    again = moescope(*words)
+    assert "nothing has changed since" in again.stderr
+    assert again.stdout == done.stdout
+    assert "stored result" not in moescope(*words, "--fresh").stderr
+    refused = moescope(*words, "--figure", tmp_path / "pairs.png")
+    assert (refused.returncode, "must end in .html" in refused.stderr) == (2, True)
+    refused = moescope("analyze", "prompts", "--store", store, "--run", "base", "--figure", figures)
+    assert (refused.returncode, "has no figure" in refused.stderr) == (2, True)
+    refused = moescope(*words, "--out", tmp_path / "pairs.xlsx")
+    assert (refused.returncode, "does not say a format" in refused.stderr) == (2, True)
+
+
+def test_a_contrast_by_another_method_and_against_another_run(recorded_store: Path) -> None:
+    common = ["--store", recorded_store, "--run", "base", "--json"]
+    done = moescope("contrast", "--method", "esft_gate", "--mass", "0.5", *common)
+    assert done.returncode == 0, done.stderr
+    about = json.loads(done.stdout)
+    assert about["context"]["parameters"]["measure"] == "weights"
+    assert sum(row["candidate"] for row in about["rows"]) >= 3
+    marked = moescope("contrast", "--method", "npmi", "--marker", " the=-1", *common)
+    assert marked.returncode == 2 and "no marker has a positive" in marked.stderr
+    done = moescope("analyze", "saturation", "--against", "nowhere", *common)
+    assert done.returncode == 2 and "has no run 'nowhere'" in done.stderr
