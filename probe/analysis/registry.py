@@ -50,6 +50,7 @@ _ALL = (
         question="How far does each sequence favor experts, while all of them together balance?",
         function=balance_loss,
         parameters=(
+            _SPLIT_BY,
             Parameter(name="batch_size", type="integer", default=16, help="prompts of a batch"),
             UNIT,
             Parameter(

@@ -13,6 +13,7 @@ from moescope.probe.figures.style import (
     SYMBOLS,
     dress,
     only_kind,
+    only_value,
     transparent,
 )
 
@@ -23,14 +24,17 @@ _LEVELS = (
 )
 
 
-def balance_loss_curves(table: AnalysisTable, *, kind: str | None = None) -> go.Figure:
+def balance_loss_curves(
+    table: AnalysisTable, *, value: str | None = None, kind: str | None = None
+) -> go.Figure:
     """Loss of sequences, batches and corpus by layer; below, the gap with its interval.
 
     Args:
         table: of `balance_loss`.
+        value: which value, where the table is split by a field.
         kind: which kind of router; the first there is by default.
     """
-    frame = only_kind(table.frame, kind)
+    frame = only_kind(only_value(table, table.frame, value), kind)
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08)
     for index, (name, label) in enumerate(_LEVELS):
         figure.add_trace(_line(frame, name, label, index), row=1, col=1)
@@ -40,8 +44,8 @@ def balance_loss_curves(table: AnalysisTable, *, kind: str | None = None) -> go.
     if frame["gap_chance"].notna().any():
         chance = _dashed(frame, "gap_chance", "gap by chance", symbol="dot")
         figure.add_trace(chance, row=2, col=1)
-    dress(figure, table, "Load-balancing loss by layer, and how much prompts specialize",
-          height=560)  # fmt: skip
+    title = "Load-balancing loss by layer, and how much prompts specialize"
+    dress(figure, table, title if value is None else f"{title}: {value}", height=560)
     figure.update_yaxes(title_text="loss", row=1, col=1)
     figure.update_yaxes(title_text="gap: sequences<br>minus all tokens", row=2, col=1)
     figure.update_yaxes(rangemode="tozero", row=2, col=1)

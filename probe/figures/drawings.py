@@ -102,7 +102,10 @@ DRAWINGS: Final[Mapping[str, tuple[Drawing, ...]]] = MappingProxyType(
             _one("All experts", load_heatmap, "value", needs="value"),
         ),
         "balance": (_one("By layer", balance_curves),),
-        "balance-loss": (_one("By layer", balance_loss_curves),),
+        "balance-loss": (
+            _one("By layer", balance_loss_curves, unless="value"),
+            _one("By layer", balance_loss_curves, "value", needs="value"),
+        ),
         "specialization": (
             _one("One layer", specialization_by_value, "layer"),
             _one("One value", specialization_map, "value"),

@@ -16,6 +16,7 @@ Letters: P prompts, U units, B batches, E experts of a router, D draws.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,11 @@ from moescope.probe.analysis.columns import (
     NUM_PROMPTS,
     NUM_TOKENS,
     stack_parts,
+    value_column,
 )
 from moescope.probe.analysis.counts import (
     FloatArray,
+    GroupedUsage,
     Quantity,
     RouterUsage,
     has_quantity,
@@ -37,8 +40,17 @@ from moescope.probe.analysis.counts import (
 from moescope.probe.analysis.filters import Filters
 from moescope.probe.analysis.frame import AnalysisTable, Column
 from moescope.probe.analysis.measures import divide, normalize
-from moescope.probe.analysis.selection import IntArray, Router, Selection, select, unit_labels
+from moescope.probe.analysis.selection import (
+    IntArray,
+    Router,
+    Selection,
+    group_by_value,
+    missing_value_notes,
+    select,
+    unit_labels,
+)
 from moescope.probe.analysis.statistics import bootstrap_weights, percentile_interval
+from moescope.probe.analysis.token_fields import TOKEN_FIELDS, TokenField, token_field
 from moescope.probe.errors import AnalysisInputError
 from moescope.probe.storage.store import Store
 
@@ -117,6 +129,7 @@ def balance_loss(
     run_id: str,
     *,
     filters: Filters | None = None,
+    by: str | None = None,
     batch_size: int = 16,
     unit: str = "pair_id",
     bootstrap: int = 500,
@@ -128,6 +141,7 @@ def balance_loss(
         store: where the run lies.
         run_id: the run.
         filters: which prompts, tokens and routers count.
+        by: a field of prompts or tokens; one row per value, in a first column `value`.
         batch_size: prompts of a batch; they are drawn into batches at random.
         unit: the prompt field that joins prompts into units of resampling; a prompt without it is
             a unit of its own.
@@ -142,44 +156,109 @@ def balance_loss(
         raise AnalysisInputError(
             f"batch_size is {batch_size} and bootstrap {bootstrap}; they are at least 1 and 0"
         )
-    selection = select(store, run_id, filters or Filters(), fields=[unit])
+    is_token_field = by in TOKEN_FIELDS
+    fields = [unit] if by is None or is_token_field else [unit, by]
+    selection = select(store, run_id, filters or Filters(), fields=fields)
     if not has_quantity(selection, "prob_sum"):
         raise AnalysisInputError(
             f"run {run_id!r} has no router scores over all experts, which the load-balancing loss "
             "needs: its source did not record them"
         )
     has_weights = has_quantity(selection, "weight_sum")
-    group_P = np.arange(len(selection.prompts))
     quantities: list[Quantity] = ["num_tokens", "prob_sum"]
     quantities += ["weight_sum"] if has_weights else []
-    usage = read_counts(selection, group_P, quantities=quantities)
-    counted_P = np.flatnonzero(usage.group_prompts)
-    unit_P = np.unique(unit_labels(selection.prompts, unit)[counted_P], return_inverse=True)[1]
-    rng = np.random.default_rng(seed)
-    batch_P = rng.permutation(len(counted_P)) // batch_size
-    weights_DU = bootstrap_weights(int(unit_P.max()) + 1, bootstrap, rng) if bootstrap else None
-    weight_scales = _weight_scales(selection) if has_weights else {}
-    parts = [
-        _row(one, counted_P, batch_P, unit_P, weights_DU, weight_scales.get(one.router))
-        | {"batch_size": [batch_size]}
-        for one in usage.routers
-    ]
-    missing = sum(bool(np.isnan(part["gap_chance"])) for part in parts)
+    field = token_field(selection, by) if by is not None and is_token_field else None
+    size = len(selection.prompts)
+    usage = read_counts(selection, np.arange(size), quantities=quantities, field=field)
+    values, value_G = _values(selection, by, field)
+    width = 1 if field is None else len(field.labels)
+    unit_G = np.repeat(unit_labels(selection.prompts, unit), width)
+    scales = _weight_scales(selection) if has_weights else {}
+    parts = []
+    for number, value in enumerate(values):
+        own_G = np.flatnonzero((value_G == number) & (usage.group_prompts > 0))
+        if len(own_G):
+            rng = np.random.default_rng([seed, number])
+            draws = _Draws.of(unit_G[own_G], batch_size, bootstrap, rng)
+            parts += [
+                ({} if by is None else {"value": [value]})
+                | _row(one, own_G, draws, scales.get(one.router))
+                | {"batch_size": batch_size}
+                for one in usage.routers
+            ]
+    return _table(selection, usage, parts, by, batch_size, unit, bootstrap, seed)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Draws:
+    """The batches and resampled units of the prompts of one value.
+
+    Attributes:
+        batches: the batch of each prompt, [P].
+        units: the unit of each prompt, from 0, [P].
+        weights: how often each unit is drawn, [D, U]; None without intervals.
+    """
+
+    batches: IntArray
+    units: IntArray
+    weights: FloatArray | None
+
+    @classmethod
+    def of(
+        cls, unit_P: IntArray, batch_size: int, bootstrap: int, rng: np.random.Generator
+    ) -> _Draws:
+        """Deal prompts into batches at random, and draw units."""
+        units = np.unique(unit_P, return_inverse=True)[1]
+        number = int(units.max()) + 1
+        return cls(
+            batches=rng.permutation(len(unit_P)) // batch_size,
+            units=units,
+            weights=bootstrap_weights(number, bootstrap, rng) if bootstrap else None,
+        )
+
+
+def _values(
+    selection: Selection, by: str | None, field: TokenField | None
+) -> tuple[list[str], IntArray]:
+    """The values of a table's rows, and the value of each group that usage was read for."""
+    size = len(selection.prompts)
+    if by is None:
+        return [""], np.zeros(size, dtype=np.int64)
+    if field is not None:
+        return list(field.labels), np.tile(np.arange(len(field.labels)), size)
+    return group_by_value(selection, by)
+
+
+def _table(
+    selection: Selection,
+    usage: GroupedUsage,
+    parts: list[dict[str, Any]],
+    by: str | None,
+    batch_size: int,
+    unit: str,
+    bootstrap: int,
+    seed: int,
+) -> AnalysisTable:
+    columns = COLUMNS if by is None else (value_column(by), *COLUMNS)
     notes = selection.notes
+    if by is not None and by not in TOKEN_FIELDS:
+        notes += missing_value_notes(selection, by)
+    missing = sum(bool(np.isnan(part["gap_chance"])) for part in parts)
     if missing:
         notes += (
-            f"gap_chance is missing in {missing} of {len(parts)} routers: their routing weights "
-            "are not the softmax scores themselves, so it is not known how large a gap short "
-            "prompts alone would make.",
+            f"gap_chance is missing in {missing} of {len(parts)} rows: the routing weights are not "
+            "the softmax scores themselves, so it is not known how large a gap short prompts "
+            "alone would make.",
         )
     parameters = {
-        "batch_size": batch_size, "unit": unit, "bootstrap": bootstrap, "seed": seed,
+        "by": by, "batch_size": batch_size, "unit": unit, "bootstrap": bootstrap, "seed": seed,
     }  # fmt: skip
+    title = "Load-balancing loss of sequences, batches and corpus"
     return AnalysisTable(
         name="balance-loss",
-        title="Load-balancing loss of sequences, batches and corpus",
-        frame=stack_parts(parts, COLUMNS),
-        columns=COLUMNS,
+        title=title if by is None else f"{title} by {by}",
+        frame=stack_parts(parts, columns),
+        columns=columns,
         context=selection.context(
             num_prompts=usage.num_prompts, num_tokens=usage.num_tokens, parameters=parameters
         ),
@@ -194,25 +273,20 @@ def loss(counts_GE: FloatArray, scores_GE: FloatArray, tokens_G: FloatArray) -> 
 
 
 def _row(
-    usage: RouterUsage,
-    counted_P: IntArray,
-    batch_P: IntArray,
-    unit_P: IntArray,
-    weights_DU: FloatArray | None,
-    scale: float | None,
+    usage: RouterUsage, groups: IntArray, draws: _Draws, scale: float | None
 ) -> dict[str, Any]:
-    """One router."""
-    passed = usage.tokens[counted_P] > 0
-    own_P = counted_P[passed]
+    """One router, over the prompts (or their tokens of one value) that these groups are."""
+    passed = usage.tokens[groups] > 0
+    own_P = groups[passed]
     counts, scores = (usage.sums[name][own_P] for name in ("num_tokens", "prob_sum"))
     tokens = usage.tokens[own_P]
-    by_batch = [_summed(values, batch_P[passed]) for values in (counts, scores, tokens)]
-    weights_P = np.ones((1, len(own_P)))
-    gap = _gap(weights_P, counts, scores, tokens)[0]
+    by_batch = [_summed(values, draws.batches[passed]) for values in (counts, scores, tokens)]
+    gap = _gap(np.ones((1, len(own_P))), counts, scores, tokens)[0]
     low, high = np.nan, np.nan
-    units = np.unique(unit_P[passed])
-    if weights_DU is not None and len(units) >= 2:
-        draws_D = _gap(weights_DU[:, unit_P[passed]], counts, scores, tokens)
+    units = draws.units[passed]
+    num_units = len(np.unique(units))
+    if draws.weights is not None and num_units >= 2:
+        draws_D = _gap(draws.weights[:, units], counts, scores, tokens)
         low, high = (float(end[0]) for end in percentile_interval(draws_D[:, None]))
     return {
         "layer": [usage.router.layer],
@@ -227,7 +301,7 @@ def _row(
         "gap_chance": _gap_chance(usage, own_P, scale),
         "num_tokens": int(tokens.sum()),
         "num_prompts": len(own_P),
-        "num_units": len(units),
+        "num_units": num_units,
     }
 
 

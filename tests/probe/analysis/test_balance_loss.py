@@ -130,6 +130,21 @@ def test_levels_agree_with_loops_over_usage(random_store: Store) -> None:
         assert row["gap_low"] < row["gap"] < row["gap_high"]
 
 
+@pytest.mark.parametrize("by", ["lang", "phase"])
+def test_rows_of_a_value_are_those_of_its_prompts_alone(random_store: Store, by: str) -> None:
+    table = balance_loss(random_store, "run", by=by, bootstrap=20)
+    values = list(dict.fromkeys(table.frame["value"]))
+    assert values == (["de", "en", "zh"] if by == "lang" else ["prompt", "generated"])
+    for value in values:
+        kept = Filters(fields={"lang": (value,)}) if by == "lang" else Filters(tokens=value)
+        alone = balance_loss(random_store, "run", filters=kept, bootstrap=0).frame
+        own = table.frame[table.frame["value"] == value]
+        for name in ("loss_sequence", "loss_corpus", "gap", "num_tokens", "num_prompts"):
+            assert own[name].tolist() == pytest.approx(alone[name].tolist())
+    with pytest.raises(AnalysisInputError, match="position cannot be picked out"):
+        balance_loss(random_store, "run", by="position")
+
+
 def test_what_cannot_be_computed_is_refused(random_store: Store) -> None:
     with pytest.raises(AnalysisInputError, match="batch_size is 0"):
         balance_loss(random_store, "run", batch_size=0)
