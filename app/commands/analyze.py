@@ -28,6 +28,13 @@ LayersOption = Annotated[str | None, typer.Option(help="Only these layers, as 0-
 AllTokensOption = Annotated[
     bool, typer.Option("--all-tokens", help="Count template and special tokens too.")
 ]
+SegmentOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Only these segments: system, user, template, thinking, answer."),
+]
+KindOption = Annotated[
+    str | None, typer.Option(help="Only routers of this kind: mlp, attention, encoder, mtp.")
+]
 OutOption = Annotated[
     Path | None, typer.Option(help="Write the table to FILE.csv, .parquet or .json.")
 ]
@@ -63,6 +70,8 @@ def analyze(
     where: WhereOption = None,
     tokens: TokensOption = None,
     layers: LayersOption = None,
+    segment: SegmentOption = None,
+    kind: KindOption = None,
     all_tokens: AllTokensOption = False,
     out: OutOption = None,
     figure: FigureOption = None,
@@ -87,7 +96,9 @@ def analyze(
     check_targets(out, figure)
     analysis = find_analysis(name)
     arguments = analysis.parse(_extra_parameters(context.args))
-    filters = read_filters(analysis.filters, where, tokens, layers, all_tokens)
+    filters = read_filters(
+        analysis.filters, where, tokens, layers, segment, kind, all_tokens=all_tokens
+    )
     opened, run_id = open_run(store, run)
     table = _answer(opened, run_id, analysis, filters, arguments, fresh=fresh)
     show_table(table, out=out, figure=figure, rows=rows, as_json=as_json)
@@ -103,6 +114,8 @@ def contrast(
     where: WhereOption = None,
     tokens: TokensOption = None,
     layers: LayersOption = None,
+    segment: SegmentOption = None,
+    kind: KindOption = None,
     all_tokens: AllTokensOption = False,
     method: Annotated[
         str,
@@ -163,7 +176,9 @@ def contrast(
         if value is not None
     }
     arguments = analysis.parse(typed)
-    filters = read_filters(analysis.filters, where, tokens, layers, all_tokens)
+    filters = read_filters(
+        analysis.filters, where, tokens, layers, segment, kind, all_tokens=all_tokens
+    )
     opened, run_id = open_run(store, run)
     table = _answer(opened, run_id, analysis, filters, arguments, fresh=fresh)
     show_table(table, out=out, figure=figure, rows=rows, as_json=as_json, columns=_CONTRAST_COLUMNS)
@@ -215,6 +230,9 @@ def read_filters(
     where: Sequence[str] | None,
     tokens: str | None,
     layers: str | None,
+    segments: Sequence[str] | None,
+    kind: str | None,
+    *,
     all_tokens: bool,
 ) -> Filters:
     """The filters an analysis starts from, changed by what the user typed."""
@@ -229,6 +247,10 @@ def read_filters(
         changes["tokens"] = parse_scope(tokens)
     if layers is not None:
         changes["layers"] = parse_layers(layers)
+    if segments:
+        changes["segments"] = tuple(name for text in segments for name in text.split(","))
+    if kind is not None:
+        changes["kind"] = kind
     if all_tokens:
         changes["content_only"] = False
     return replace(base, **changes)

@@ -361,6 +361,24 @@ def test_any_analysis_is_answered_drawn_and_found_again(
     assert (refused.returncode, "does not say a format" in refused.stderr) == (2, True)
 
 
+def test_filters_are_options_of_every_analysis(recorded_store: Path) -> None:
+    words = ["analyze", "load", "--store", recorded_store, "--run", "base", "--json"]
+    counted = {}
+    for name, more in {
+        "all": (), "user": ("--segment", "user"), "answer": ("--segment", "answer"),
+        "both": ("--segment", "user,answer"), "kind": ("--kind", "mlp", "--layers", "1"),
+    }.items():  # fmt: skip
+        done = moescope(*words, *more)
+        assert done.returncode == 0, done.stderr
+        counted[name] = json.loads(done.stdout)["context"]["num_tokens"]
+    assert counted["both"] == counted["user"] + counted["answer"] == counted["all"]
+    assert counted["kind"] == counted["all"]
+    for more, said in ((("--segment", "usr"), "segment 'usr' does not exist"),
+                       (("--kind", "attention"), "no router of kind 'attention'")):  # fmt: skip
+        done = moescope(*words, *more)
+        assert done.returncode == 2 and said in done.stderr
+
+
 def test_a_contrast_by_another_method_and_against_another_run(recorded_store: Path) -> None:
     common = ["--store", recorded_store, "--run", "base", "--json"]
     done = moescope("contrast", "--method", "esft_gate", "--mass", "0.5", *common)
