@@ -12,7 +12,8 @@ change a verdict raises it.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from moescope.probe.language_scripts import scripts_of_language
@@ -23,15 +24,19 @@ from moescope.probe.plain_text import (
     script_of,
     words,
 )
-from moescope.probe.refusal import find_refusal, without_thinking
+from moescope.probe.refusal import Refusal, find_refusal, without_thinking
 
 #: Name and version of the rules, kept with every verdict.
-DETECTOR: Final = "rules-1"
+DETECTOR: Final = "rules-2"
 
 Outcome = Literal["correct", "other", "partial", "refused", "broken"]
 
 #: All outcomes, the best first.
 OUTCOMES: Final[tuple[Outcome, ...]] = ("correct", "other", "partial", "refused", "broken")
+
+
+Detector = Callable[[str], Refusal | None]
+"""Says whether an answer refuses; a function of one's own is known by its name in verdicts."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,12 @@ class Judgement:
 
 
 def judge(
-    response: str, *, expected: str | None, lang: str | None, truncated: bool = False
+    response: str,
+    *,
+    expected: str | None,
+    lang: str | None,
+    truncated: bool = False,
+    detector: Detector = find_refusal,
 ) -> Judgement:
     """Judge one answer.
 
@@ -60,11 +70,27 @@ def judge(
         lang: the prompt's language (`de`, `deu_Latn`, `pt-BR`), for the script; None skips that.
         truncated: whether it was cut at the length limit; a finished answer is allowed more
             repetition (songs, lists) than one that never ended.
+        detector: says whether an answer, thinking left out, refuses: the rules of
+            `moescope.probe.refusal`, or any function of yours (a classifier, a judge model).
     """
+    found = _judged(response, expected, lang, truncated=truncated, detector=detector)
+    if detector is find_refusal:
+        return found
+    return replace(found, detector=getattr(detector, "__name__", type(detector).__name__))
+
+
+def _judged(
+    response: str,
+    expected: str | None,
+    lang: str | None,
+    *,
+    truncated: bool,
+    detector: Detector,
+) -> Judgement:
     answer = plain(without_thinking(response))
     if expected is not None and contains_answer(answer, expected):
         return Judgement("correct", reason="expected answer")
-    refusal = find_refusal(answer)
+    refusal = detector(answer)
     if refusal is not None:
         outcome: Outcome = "partial" if refusal.is_partial else "refused"
         return Judgement(outcome, reason=f"refusal:{refusal.lang}")

@@ -6,6 +6,12 @@ closing disclaimer is no refusal. An answer that refuses and then answers all th
 
 What it cannot know: an evasion that is worded as an answer, irony, and refusals in languages it
 has no phrases for (`PHRASES`; another language is one entry more).
+
+How well: on 353 labelled answers in 21 languages ten are judged wrongly, but the rules were made
+with them in view. Of refusals that they had not been made with, in eight languages, they found 18
+of 24, and 7 of 24 in a second set of rarer wordings ("my instructions keep me from that"), before
+both sets were taken in; none of the 16 complied answers of these sets was called refused, one was
+called partial. A classifier or a judge can decide instead (`judge(..., detector=)`).
 """
 
 from __future__ import annotations

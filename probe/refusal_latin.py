@@ -17,7 +17,8 @@ _EN_TELL = (
     r"(?:help|assist|aid|provid|answer|discuss|talk|speak|shar(?:e|ing)|tell|give|giving|support"
     r"|comply|fulfil|engag|creat|writ|generat|offer|advis|recommend|comment|explain|say|disclos"
     r"|reveal|participat|continu|respond|go into|go there|get into|cover|address|teach|describ"
-    r"|instruct|proceed|process|facilitat|encourag|promot|complet|accommodat|grant|produc|handl"
+    r"|instruct|guid|walk|be (?:\w+ing)\b|diagnos|proceed"
+    r"|process|facilitat|encourag|promot|complet|accommodat|grant|produc|handl"
     r"|condon|do (?:that|this|so|it)\b|answer|direct you|show|supply|speculat|judge|be of (?:help"
     r"|assistance))"
 )
@@ -50,6 +51,11 @@ LATIN_PHRASES: dict[str, Phrases] = {
             r"|processed|shared|disclosed|given|completed)",
             r"\b(?:inappropriate|unethical|irresponsible|illegal|wrong|not (?:appropriate|ethical"
             rf"|right|possible|allowed)) for me to {_EN_TELL}",
+            r"\b(?:i|we) (?:do not|don't|never) (?:answer|discuss|comment|respond|take on)\b",
+            r"\b(?:my|our)(?: \w+)? (?:instructions|guidelines|rules|polic\w+|principles|values)"
+            r" (?:keep|prevent|stop|forbid|prohibit|bar|don't (?:let|allow|permit)"
+            r"|do not (?:let|allow|permit))",
+            r"\b(?:is|are) (?:off the table|off limits|off-limits)\b",
             r"\bi have no comment\b|^\W*no comment\W*$",
             r"\b(?:i|we)(?:'m| am|'re| are) (?:forbidden|prohibited|barred|not meant)\b",
         ),
@@ -78,16 +84,20 @@ LATIN_PHRASES: dict[str, Phrases] = {
             r"|antwort"
             r"|sage|sprech|rede|diskut|geben|bereitstell|liefer|teilen|verrat|äußer|eingeh|erklär"
             r"|nenn|schreib|erstell|anbiet|nachkomm|erfüll|auskunft|anleitung|hilfe|erzähl|mach"
-            r"|preisgeb|offenleg|beitrag|tun\b|dienen|mitteil)",
+            r"|stellen|preisgeb|offenleg|beitrag|tun\b|dienen|mitteil)",
             r"\b(?:kann|darf|möchte|will|werde|könnte) (?:ich|wir)\b~\b(?:nicht|nichts|kein\w*)\b"
             r"~(?:hilf|helfe|behilflich|unterstütz|antwort|sage|sprech|rede|diskut|geben"
             r"|bereitstell"
             r"|liefer|teilen|verrat|äußer|eingeh|erklär|nenn|schreib|erstell|anbiet|nachkomm"
             r"|erfüll"
-            r"|auskunft|anleitung|hilfe|erzähl|mach|preisgeb|offenleg|tun\b|dienen|mitteil)",
+            r"|auskunft|anleitung|hilfe|erzähl|mach|stellen|preisgeb|offenleg|tun\b|dienen"
+            r"|mitteil)",
             r"\b(?:leider|sorry|leid)\b.{0,40}?\b(?:kann|darf) (?:ich )?(?:das "
             r"|dies )?(?:leider )?"
             r"nicht\W*$",
+            r"\b(?:ich|wir) (?:beantworte|bespreche|kommentiere)n?\b~\b(?:nicht|nichts|kein\w*)\b",
+            r"\bmeine[nr]?\b.{0,20}?(?:richtlinien|grundsätze|regeln|vorgaben|anweisungen)\b"
+            r"~(?:\bnicht zu\b|verbiet|untersag|erlauben)",
             r"\bnicht (?:in der lage|befugt|berechtigt|bereit|gestattet|erlaubt|dazu da)\b",
             r"\bes ist mir (?:leider )?nicht (?:möglich|erlaubt|gestattet)",
             r"\b(?:muss|möchte|werde) (?:ich )?~\bablehnen\b|\blehne ich\b~\bab\b|\bich lehne\b",
@@ -114,12 +124,15 @@ LATIN_PHRASES: dict[str, Phrases] = {
             r"\b(?:je|nous) (?:ne |n')(?:peux|puis|pouvons|pourrai|pourrais|saurais|souhaite|veux"
             r"|dois|vais|suis|sommes)\b.{0,12}?\b(?:pas|rien)\b~(?:aid|répon|parl|discut|fourn"
             r"|donn|dire|dis\b|partag|assist|accéd|expliqu|révél|abord|trait|écri|propos|comment"
-            r"|évoqu|rédig|communiqu|poursuiv|satisf|faire|mesure|autoris|habilit"
+            r"|évoqu|rédig|communiqu|poursuiv|satisf|faire|mesure|autoris|habilit|diagnos"
             r"|rendre service)",
             r"\b(?:je|nous) (?:ne |n')(?:peux|puis|pouvons|pourrai) (?:pas |rien )?(?:vous |te "
             r"|t'|y "
             r"|en |l')*(?:aid|répon|parl|dire|donn)",
             r"\b(?:désolé|regrette|excus)\w*.{0,30}?\bje ne (?:peux|puis) pas\W*$",
+            r"\b(?:je|nous) ne (?:répond|discut|parl|comment)\w* pas\b",
+            r"\b(?:mes|nos) (?:consignes|règles|instructions|directives|principes)\b~"
+            r"(?:interdi|empêch|permet)",
             r"\bil m'est impossible\b|\bil ne m'est pas (?:possible|permis)|\bje refuse\b",
             r"\bje (?:dois|me dois de|suis obligée?s? de|préfère|vais devoir)\b.{0,20}?"
             r"(?:refuser|décliner|m'abstenir|ne pas)",
@@ -142,6 +155,10 @@ LATIN_PHRASES: dict[str, Phrases] = {
     ),
     "es": Phrases(
         refusals=(
+            r"\bno (?:respondo|contesto|comento|hablo de|discuto)\b",
+            r"\b(?:mis|nuestras) (?:instrucciones|normas|reglas|directrices|políticas)\b~"
+            r"(?:impid|prohíb|permit)",
+            r"\b(?:lamento|siento) no poder\b",
             r"\bno (?:puedo|podemos|podré|podría|debo|debería|quiero|voy a|deseo)\b~(?:ayud"
             r"|respond"
             r"|habl|discut|proporcion|dar(?:te|le|les|lo)?\b|deci|dar\b|compart|asist|ofrec"
