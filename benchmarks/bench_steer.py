@@ -1,10 +1,11 @@
-"""What steering costs: a forward under a plan of 20 edits beside the same forward without.
+"""What steering costs: a forward, and a generation, under a plan of 20 edits beside one without.
 
     python benchmarks/bench_steer.py [--pairs 30]
 
 The edits are masks, forces, biases and scales, five of each, spread over the layers. A masked
 model does another computation than a plain one, but of the same size: as many experts run for each
-token. Prints the median ratio with a bootstrap interval, and refuses to when steering is wrong.
+token. Generation has a cache and a decode step per token, where hooks weigh most. Prints the median
+ratios with bootstrap intervals, and refuses to when steering is wrong.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pairs import compare, machine, model_and_inputs
 
 from moescope.probe import record
 from moescope.steering import Intervention, SteeringPlan, steer
+
+PROMPT_TOKENS, NEW_TOKENS = 64, 24
 
 
 def plan_of_twenty() -> SteeringPlan:
@@ -49,6 +52,14 @@ def main() -> None:
         with steer(model, plan):
             plain()
 
+    def answer() -> None:
+        model.generate(inputs[:, :PROMPT_TOKENS], do_sample=False, max_new_tokens=NEW_TOKENS,
+                       min_new_tokens=NEW_TOKENS)  # fmt: skip
+
+    def steered_answer() -> None:
+        with steer(model, plan):
+            answer()
+
     with torch.inference_mode():
         with steer(model, plan), record(model) as trace:
             plain()
@@ -58,7 +69,12 @@ def main() -> None:
         ).any(dim=1).all():
             raise SystemExit("steering is wrong; no ratio is reported")
         ratio = compare(plain, steered, pairs=pairs)
-    print(f"steer with {len(plan.interventions)} edits / plain forward: {ratio}; {machine()}")
+        print(f"steer with {len(plan.interventions)} edits / plain forward: {ratio}; {machine()}")
+        ratio = compare(answer, steered_answer, pairs=pairs)
+    print(
+        f"the same in generation of {NEW_TOKENS} tokens: {ratio}; "
+        f"tokens/s {1 / ratio.median:.3f} of unsteered"
+    )
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ labels occur (a matched pair) has two parts. Effects are differences of rates
 
     R_a - R_b,   R = sum of counts over parts / sum of tokens over parts,
 
-pooled over tokens, or with counts replaced by per-part rates and tokens by 1 (`Parts.per_unit`),
-the mean over units. Numerator and denominator are always resampled together.
+pooled over tokens, or with counts replaced by per-part rates and tokens by 1, the mean over units.
+Numerator and denominator are always resampled together (`cells` has the bootstrap).
 
 Everything is a product of a weight matrix [draws, parts] with the counts [parts, experts], so that
 15,000 experts cost little more than 50. Random generators are handed in; nothing seeds itself.
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -59,24 +59,6 @@ class Parts:
     tokens: FloatArray
     units: IntArray
     is_a: BoolArray
-
-    def per_unit(self) -> Parts:
-        """Parts whose pooled effect is the mean over units: rates as counts, one token each."""
-        rates_PX = self.counts / self.tokens[:, None]
-        return replace(self, counts=rates_PX, tokens=np.ones(len(self.tokens)))
-
-    def rows(self, kept_P: BoolArray) -> Parts:
-        """Some of the parts."""
-        return Parts(
-            counts=self.counts[kept_P],
-            tokens=self.tokens[kept_P],
-            units=self.units[kept_P],
-            is_a=self.is_a[kept_P],
-        )
-
-    def columns(self, experts: IntArray) -> Parts:
-        """Some of the experts, in double precision."""
-        return replace(self, counts=self.counts[:, experts].astype(np.float64))
 
     def matched(self) -> tuple[IntArray, IntArray]:
         """Indices of the parts in a and in b of the units that have both, in the same order."""

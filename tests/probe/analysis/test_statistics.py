@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, product
 
 import numpy as np
@@ -44,6 +45,12 @@ def draw_parts(seed: int, *, only_a: int, only_b: int, matched: int, experts: in
     )
 
 
+def per_unit(parts: Parts) -> Parts:
+    """Rates as counts and one token each, so that the pooled effect is the mean over units."""
+    rates = parts.counts / parts.tokens[:, None]
+    return replace(parts, counts=rates, tokens=np.ones(len(parts.tokens)))
+
+
 def effect_interval(
     parts: Parts, draws: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +84,7 @@ def brute_statistic(parts: Parts, is_a: np.ndarray, expert: int) -> float:
 @pytest.mark.parametrize(("only_a", "only_b", "matched"), [(4, 6, 0), (0, 0, 5), (3, 2, 4)])
 def test_studentized_difference_by_brute_force(only_a: int, only_b: int, matched: int) -> None:
     parts = draw_parts(1, only_a=only_a, only_b=only_b, matched=matched)
-    for half in (parts, parts.per_unit()):
+    for half in (parts, per_unit(parts)):
         labels = permuted_labels(half, 20, np.random.default_rng(2))
         labels[0] = half.is_a
         found = StudentizedDifference(half)(labels)
@@ -88,14 +95,14 @@ def test_studentized_difference_by_brute_force(only_a: int, only_b: int, matched
 
 
 def test_unpaired_rates_give_welchs_t() -> None:
-    parts = draw_parts(5, only_a=7, only_b=9, matched=0).per_unit()
+    parts = per_unit(draw_parts(5, only_a=7, only_b=9, matched=0))
     a, b = parts.counts[parts.is_a], parts.counts[~parts.is_a]
     welch = stats.ttest_ind(a, b, equal_var=False).statistic
     assert StudentizedDifference(parts)(parts.is_a[None])[0] == pytest.approx(welch, rel=1e-6)
 
 
 def test_matched_rates_give_the_paired_t() -> None:
-    parts = draw_parts(6, only_a=0, only_b=0, matched=8).per_unit()
+    parts = per_unit(draw_parts(6, only_a=0, only_b=0, matched=8))
     paired = stats.ttest_rel(parts.counts[parts.is_a], parts.counts[~parts.is_a]).statistic
     assert StudentizedDifference(parts)(parts.is_a[None])[0] == pytest.approx(paired, rel=1e-6)
 
@@ -108,7 +115,7 @@ def test_effects_by_hand() -> None:
         is_a=np.array([True, True, False]),
     )
     assert parts.effects() == pytest.approx([4 / 20 - 2 / 8])
-    assert parts.per_unit().effects() == pytest.approx([(3 / 4 + 1 / 16) / 2 - 2 / 8])
+    assert per_unit(parts).effects() == pytest.approx([(3 / 4 + 1 / 16) / 2 - 2 / 8])
 
 
 def every_assignment(parts: Parts) -> list[np.ndarray]:
