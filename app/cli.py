@@ -18,14 +18,17 @@ import typer
 
 from moescope.app.commands import (
     analyze,
+    decode,
     demo,
     exchange,
     exporting,
     families,
     inspect,
+    plans,
     shipped,
     steer,
     store,
+    sweep,
     trace,
 )
 from moescope.probe.errors import InputError, MoescopeError
@@ -48,6 +51,9 @@ exporting.register(app)
 trace.register(app)
 analyze.register(app)
 steer.register(app)
+plans.register(app)
+decode.register(app)
+sweep.register(app)
 families.register(app)
 
 

@@ -1,4 +1,4 @@
-"""Steering from the command line: `plan`, `generate` and `evaluate`."""
+"""Steering from the command line: `generate` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moescope.app import console
-from moescope.app.commands.convert import plan_convert
 
 if TYPE_CHECKING:
     from moescope.probe.models import ModelBundle
     from moescope.probe.prompts import Prompt
-    from moescope.steering import SteeringPlan
 
 ModelArgument = Annotated[str, typer.Argument(help="demo, a directory, or a hub id[@revision].")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
@@ -29,74 +27,6 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
     app.command()(generate)
     app.command()(evaluate)
-    plan = typer.Typer(help="Make and check steering plans.", no_args_is_help=True)
-    plan.command("from-table")(plan_from_table)
-    plan.command("show")(plan_show)
-    plan.command("check")(plan_check)
-    plan.command("convert")(plan_convert)
-    app.add_typer(plan, name="plan")
-
-
-def plan_from_table(
-    table: Annotated[Path, typer.Argument(help="A contrast: .csv, .parquet or .json.")],
-    out: Annotated[Path, typer.Option(help="The plan file to write.")],
-    mask: Annotated[int, typer.Option(min=0, help="Experts of group a to mask.")] = 0,
-    force: Annotated[int, typer.Option(min=0, help="Experts of group b to force.")] = 0,
-    model: Annotated[
-        str | None, typer.Option(help="Check the plan against this model's routers.")
-    ] = None,
-    unconfirmed: Annotated[
-        bool, typer.Option("--unconfirmed", help="Use experts that were not confirmed, too.")
-    ] = False,
-    name: Annotated[str | None, typer.Option(help="The plan's name; else the table's.")] = None,
-) -> None:
-    """Make a plan from a contrast: mask what fires more in group a, force what fires more in b.
-
-    Example: moescope plan from-table refusal.csv --mask 8 --model demo --out plan.json
-    """
-    from moescope.steering.derive import plan_from_contrast, read_contrast_table
-
-    frame = read_contrast_table(table)
-    layers = None if model is None else model_layers(model)
-    plan = plan_from_contrast(
-        frame, num_mask=mask, num_force=force, layers=layers, confirmed_only=not unconfirmed,
-        name=name or table.stem, model=model, provenance={"table": table.name},
-    )  # fmt: skip
-    plan.write(out)
-    show_plan(plan)
-    console.say(f"plan written to {out}")
-
-
-def plan_show(
-    plan: Annotated[Path, typer.Argument(help="The plan file.")], as_json: JsonOption = False
-) -> None:
-    """Show a plan as a table.
-
-    Example: moescope plan show plan.json
-    """
-    from moescope.steering import SteeringPlan
-
-    read = SteeringPlan.read(plan)
-    if as_json:
-        console.emit(read.to_json())
-    else:
-        show_plan(read)
-
-
-def plan_check(
-    plan: Annotated[Path, typer.Argument(help="The plan file.")],
-    model: Annotated[str, typer.Option(help="The model it is meant for.")],
-) -> None:
-    """Check that a plan can be carried out on a model.
-
-    Example: moescope plan check plan.json --model demo
-    """
-    from moescope.steering import SteeringPlan
-    from moescope.steering.check import check
-
-    read = SteeringPlan.read(plan)
-    check(read, model_layers(model))
-    console.emit(f"{plan} fits {model}: {len(read.interventions)} interventions")
 
 
 def generate(
@@ -217,20 +147,3 @@ def model_layers(model: str) -> Any:
     from moescope.probe.doctor import examine
 
     return examine(load(model, "auto", "auto", False)).layers
-
-
-def show_plan(plan: SteeringPlan) -> None:
-    """Print a plan as a table."""
-    console.emit(f"plan {plan.title}: {len(plan.interventions)} interventions")
-    console.print_rows(
-        ("action", "layer", "experts", "setting"),
-        [
-            (
-                item.action,
-                ", ".join(map(str, item.on_layers)),
-                ", ".join(str(e) for e in item.experts),
-                item.setting,
-            )
-            for item in plan.interventions
-        ],
-    )

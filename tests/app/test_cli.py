@@ -29,7 +29,8 @@ COMMANDS = ["demo", "doctor", "families", "models list", "models save", "trace",
             "store verify", "store repair", "store merge", "store delete", "store vacuum",
             "store migrate", "store log", "sql", "analyze", "contrast", "plan from-table",
             "plan show", "plan check", "generate", "evaluate", "dashboard", "import", "export",
-            "plan convert"]  # fmt: skip
+            "plan convert", "plan strategies", "plan control", "plan compose", "plan invert",
+            "decode contrast", "decode remix", "sweep"]  # fmt: skip
 
 
 def moescope(*words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -390,3 +391,49 @@ def test_a_contrast_by_another_method_and_against_another_run(recorded_store: Pa
     assert marked.returncode == 2 and "no marker has a positive" in marked.stderr
     done = moescope("analyze", "saturation", "--against", "nowhere", *common)
     assert done.returncode == 2 and "has no run 'nowhere'" in done.stderr
+
+
+def test_plans_are_made_by_strategies_and_of_other_plans(tmp_path: Path) -> None:
+    table, loads = tmp_path / "experts.csv", tmp_path / "loads.csv"
+    table.write_text(
+        "layer,expert,a1,d1,a2,d2\n0,1,8,2,1,9\n0,2,1,9,8,2\n1,3,7,3,2,8\n2,5,4,6,5,5\n"
+    )
+    rows = [f"{layer},{expert},{1 / 40}" for layer in range(6) for expert in range(40)]
+    loads.write_text("layer,expert,load\n" + "\n".join(rows) + "\n")
+    plan, other = tmp_path / "plan.json", tmp_path / "other.json"
+    listed = moescope("plan", "strategies")
+    assert "steermoe" in listed.stdout and "arXiv 2509.09660" in listed.stdout
+
+    done = moescope("plan", "from-table", table, "--strategy", "steermoe", "--force", "1",
+                    "--mask", "1", "--model", "demo", "--out", plan)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    made = json.loads(plan.read_text())
+    shown = [(one["action"], one["layer"], one["experts"]) for one in made["interventions"]]
+    assert sorted(shown) == [("force", 0, [1]), ("mask", 0, [2])]
+    assert made["provenance"]["strategy"] == "steermoe"
+
+    for kind, more in {"random": (), "load-matched": ("--table", loads)}.items():
+        done = moescope("plan", "control", plan, "--kind", kind, "--model", "demo", "--seed", "3",
+                        "--out", other, *more)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        drawn = json.loads(other.read_text())["interventions"]
+        assert [one["layer"] for one in drawn] == [0, 0]
+        assert not {1, 2} & {expert for one in drawn for expert in one["experts"]}
+    done = moescope("plan", "compose", plan, other, "--model", "demo", "--out", tmp_path / "c.json")
+    assert done.returncode == 0, done.stderr
+    done = moescope("plan", "invert", plan, "--out", tmp_path / "i.json")
+    turned = json.loads((tmp_path / "i.json").read_text())["interventions"]
+    assert sorted((one["action"], one["experts"]) for one in turned) == [
+        ("force", [2]), ("mask", [1])
+    ]  # fmt: skip
+    conflict = moescope("plan", "compose", plan, tmp_path / "i.json", "--out", tmp_path / "x.json")
+    assert conflict.returncode == 2 and not (tmp_path / "x.json").exists()
+    for words, said in {
+        ("--strategy", "magic"): "strategy 'magic' is not available",
+        ("--strategy", "rice"): "needs beta",
+        ("--strategy", "rice", "--set", "beta=2", "--mask", "3"): "takes no --mask",
+        ("--set", "beta=2"): "go with --strategy",
+        ("--strategy", "steermoe", "--force", "9"): "",
+    }.items():
+        done = moescope("plan", "from-table", table, "--out", other, *words)
+        assert done.returncode == 2 and said in done.stderr, done.stderr
