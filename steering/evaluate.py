@@ -7,13 +7,16 @@ interval of the change is the one to read. On neutral prompts also the side effe
 (`moescope.steering.side_effects`); for each plan the routing it achieved.
 
 A plan whose effect random experts have too has shown nothing, so controls are not optional here.
+Other controls (the bottom of a ranking, experts of the same load) are given as plans.
 """
 
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,9 +28,11 @@ from moescope.probe.models import ModelBundle
 from moescope.probe.outcomes import DETECTOR, OUTCOMES
 from moescope.probe.prompts import Prompt
 from moescope.probe.rendering import ChatTemplate, render_prompt
+from moescope.probe.routers import LayerInfo
 from moescope.steering.check import check
 from moescope.steering.derive import random_plan
 from moescope.steering.evaluation import (
+    RANDOM_CONTROL,
     STEERED,
     UNLABELLED,
     UNSTEERED,
@@ -35,6 +40,7 @@ from moescope.steering.evaluation import (
     Condition,
     EvaluationResult,
 )
+from moescope.steering.fluency import FLUENCY_DETECTOR, FluencyJudge, paired_neutral
 from moescope.steering.generate import Asker, judged, proved_sites
 from moescope.steering.plan import SteeringPlan
 from moescope.steering.rates import Measured, mean_over_units, measured_frame, rate
@@ -49,6 +55,9 @@ def evaluate_plan(
     *,
     neutral_label: str = "neutral",
     num_controls: int = 3,
+    controls: Mapping[str, SteeringPlan] | None = None,
+    judge_bundle: ModelBundle | None = None,
+    unsteered: Condition | None = None,
     seed: int = 0,
     max_new_tokens: int = 32,
     tokens_per_batch: int = 4096,
@@ -66,6 +75,11 @@ def evaluate_plan(
             the side effects are measured.
         num_controls: random plans of the same shape, with seeds `seed`, `seed + 1`, ...; none for
             a plan that names no experts (another top-k, say), which a note then tells.
+        controls: further plans to compare with, by name; each is the condition `control:NAME`.
+        judge_bundle: a model that does not refuse, to tell word salad (see `fluency`); `bundle`
+            itself is asked the paired neutral prompts. Without one, fluency is not judged.
+        unsteered: that condition of an earlier evaluation of the same prompts with the same
+            settings, whose answers are then not made again.
         seed: also of the bootstrap.
         max_new_tokens: answers are cut here.
         tokens_per_batch: padded tokens a batch may hold, answers included.
@@ -84,26 +98,29 @@ def evaluate_plan(
         for prompt in prompts
     ]
     sites = proved_sites(bundle, rendered)
-    infos = [site.info for site in sites]
-    check(plan, infos)
-    plans: dict[str, SteeringPlan | None] = {UNSTEERED: None, STEERED: plan}
-    has_experts = any(one.experts for one in plan.interventions)
-    for control_seed in range(seed, seed + num_controls) if has_experts else ():
-        plans[f"control:random:{control_seed}"] = random_plan(plan, infos, control_seed)
+    plans = _plans(plan, [site.info for site in sites], num_controls, seed, controls or {})
     asker = Asker(
         bundle, rendered, sites, max_new_tokens=max_new_tokens, tokens_per_batch=tokens_per_batch,
-        num_rounds=len(plans), progress=progress,
+        num_rounds=len(plans) - (unsteered is not None), progress=progress,
     )  # fmt: skip
     neutral = [at for at, prompt in enumerate(prompts) if prompt.label == neutral_label]
-    conditions = _conditions(asker, prompts, plans, neutral)
+    conditions = _conditions(asker, prompts, plans, neutral, unsteered)
+    fluency: FluencyJudge | None = None
+    if judge_bundle is not None:
+        is_itself = judge_bundle is bundle
+        fluency = FluencyJudge(
+            judge_bundle, paired_neutral(prompts, neutral_label) if is_itself else prompts,
+            [prompt.lang for prompt in prompts], chat_template=chat_template, system=system,
+        )  # fmt: skip
+        conditions = _judged_by_fluency(fluency, conditions, neutral)
     return EvaluationResult(
         evaluation_id=uuid.uuid4().hex,
         created_at=datetime.now(UTC),
         plan=plan,
         conditions=tuple(conditions),
-        frame=measured_frame(_rows(prompts, conditions, seed)),
+        frame=measured_frame(_rows(prompts, conditions, seed) + _bar_rows(fluency)),
         examples=tuple(_changed_answers(prompts, *conditions[:2])),
-        notes=_notes(conditions, neutral, neutral_label),
+        notes=_notes(conditions, neutral, neutral_label, fluency),
         context={
             "model": bundle.name,
             "revision": bundle.revision,
@@ -112,7 +129,8 @@ def evaluate_plan(
             "neutral_label": neutral_label,
             "max_new_tokens": max_new_tokens,
             "seed": seed,
-            "detector": DETECTOR,
+            "detector": DETECTOR if fluency is None else f"{DETECTOR}+{FLUENCY_DETECTOR}",
+            "judge_model": None if judge_bundle is None else judge_bundle.name,
             "unit": "pair_id",
         },
     )
@@ -166,22 +184,67 @@ def store_evaluation(store_path: str | Path, result: EvaluationResult) -> None:
     )  # fmt: skip
 
 
+def _plans(
+    plan: SteeringPlan,
+    infos: Sequence[LayerInfo],
+    num_controls: int,
+    seed: int,
+    controls: Mapping[str, SteeringPlan],
+) -> dict[str, SteeringPlan | None]:
+    """The conditions by name: unsteered, steered, random controls, then the given ones."""
+    check(plan, infos)
+    plans: dict[str, SteeringPlan | None] = {UNSTEERED: None, STEERED: plan}
+    has_experts = any(one.experts for one in plan.interventions)
+    for control_seed in range(seed, seed + num_controls) if has_experts else ():
+        plans[f"{RANDOM_CONTROL}{control_seed}"] = random_plan(plan, infos, control_seed)
+    for name, control in controls.items():
+        condition = f"control:{name}"
+        if not name or condition.startswith(RANDOM_CONTROL):
+            raise PlanError(
+                f"a control cannot be named {name!r}: give it a name that does not begin with "
+                "'random:', which the random controls have"
+            )
+        check(control, infos)
+        plans[condition] = control
+    return plans
+
+
 def _conditions(
     asker: Asker,
     prompts: Sequence[Prompt],
     plans: Mapping[str, SteeringPlan | None],
     neutral: Sequence[int],
+    unsteered: Condition | None,
 ) -> list[Condition]:
     """Every plan's answers, outcomes and side effects, in the order of the plans."""
+    if unsteered is not None and len(unsteered.answers) != len(prompts):
+        raise ValueError("the unsteered condition must be of the same prompts")
     conditions: list[Condition] = []
     for name, plan in plans.items():
-        answers, report = asker.ask(plan)
         moved: dict[int, Divergence] = {}
+        if plan is None and unsteered is not None:
+            answers, report, seconds = list(unsteered.answers), None, unsteered.seconds
+        else:
+            started = time.perf_counter()
+            answers, report = asker.ask(plan)
+            seconds = time.perf_counter() - started
         if plan is not None:
             moved = _side_effects(asker, plan, neutral, conditions[0].answers)
         judgements = tuple(map(judged, prompts, answers))
-        conditions.append(Condition(name, plan, tuple(answers), judgements, report, moved))
+        conditions.append(Condition(name, plan, tuple(answers), judgements, report, moved, seconds))
     return conditions
+
+
+def _judged_by_fluency(
+    fluency: FluencyJudge, conditions: Sequence[Condition], neutral: Sequence[int]
+) -> list[Condition]:
+    """The conditions with word salad called broken; the bar is set by unsteered answers."""
+    texts = [[answer.text for answer in one.answers] for one in conditions]
+    fluency.fit(neutral, texts[0], conditions[0].judgements)
+    return [
+        replace(one, judgements=fluency.judge(answers, one.judgements))
+        for one, answers in zip(conditions, texts, strict=True)
+    ]
 
 
 def _side_effects(
@@ -218,9 +281,25 @@ def _rows(prompts: Sequence[Prompt], conditions: Sequence[Condition], seed: int)
                     condition=condition.name, group=group, metric=f"kl_{metric}",
                     value=mean, low=low, high=high, n=len(moved),
                 ))  # fmt: skip
+        num_tokens = sum(len(answer.token_ids) for answer in condition.answers)
+        rows.append(Measured(
+            condition=condition.name, group="all", metric="tokens_per_s",
+            value=num_tokens / condition.seconds, n=len(prompts),
+        ))  # fmt: skip
         if condition.report is not None:
             rows += _achieved_rows(condition.name, condition.report)
     return rows
+
+
+def _bar_rows(fluency: FluencyJudge | None) -> list[Measured]:
+    """The bars answers were judged by: nats per token, and the neutral answers behind each."""
+    return [
+        Measured(
+            condition=UNSTEERED, group="all", value=one.nats, n=one.n,
+            metric=f"fluency_bar:{one.lang or 'all'}:{one.band or 'all'}",
+        )
+        for one in (fluency.bar.thresholds if fluency is not None else ())
+    ]  # fmt: skip
 
 
 def _outcome_rows(
@@ -292,7 +371,10 @@ def _group(prompt: Prompt) -> str:
 
 
 def _notes(
-    conditions: Sequence[Condition], neutral: Sequence[int], neutral_label: str
+    conditions: Sequence[Condition],
+    neutral: Sequence[int],
+    neutral_label: str,
+    fluency: FluencyJudge | None,
 ) -> tuple[str, ...]:
     notes: list[str] = []
     steered = next(one.plan for one in conditions if one.name == STEERED)
@@ -305,6 +387,8 @@ def _notes(
         notes.append(
             f"{len(silent)} neutral prompts got no unsteered answer and are left out of KL"
         )
+    if fluency is not None:
+        notes.append(fluency.bar.in_words())
     for one in conditions:
         if one.plan is not None and one.plan.provenance.get("overlap"):
             notes.append(f"{one.name} shares experts with the plan: its layers have too few others")

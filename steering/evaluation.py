@@ -19,6 +19,8 @@ from moescope.steering.side_effects import Divergence
 UNSTEERED: Final = "unsteered"
 STEERED: Final = "steered"
 UNLABELLED: Final = "unlabelled"
+#: How the names of random controls begin; their seed follows.
+RANDOM_CONTROL: Final = "control:random:"
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,13 @@ class Condition:
     """What the model did under one plan, or under none; one entry per prompt.
 
     Attributes:
-        name: `unsteered`, `steered`, or `control:random:SEED`.
+        name: `unsteered`, `steered`, `control:random:SEED`, or `control:NAME` of a given plan.
         plan: the plan applied.
         answers: what the model wrote.
         judgements: the outcomes.
         report: requested against achieved routing while it wrote.
         side_effects: by prompt index, of the neutral prompts.
+        seconds: that the answers took, all prompts together.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Condition:
     judgements: tuple[Judgement, ...]
     report: SteeringReport | None
     side_effects: Mapping[int, Divergence]
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,21 +99,23 @@ class EvaluationResult:
         return float(rows["value"].iloc[0])
 
     def lines(self) -> list[str]:
-        """The evaluation for people to read: outcomes, side effects, routing, notes."""
+        """The evaluation for people to read: outcomes, side effects, routing, speed, notes."""
         return [
             *_outcome_lines(self),
             *_side_effect_lines(self),
             *_routing_lines(self),
+            *_speed_lines(self),
             *self.notes,
         ]
 
 
 def _outcome_lines(result: EvaluationResult) -> list[str]:
     lines: list[str] = []
-    controls = [one.name for one in result.conditions if one.name.startswith("control:")]
+    controls = [one.name for one in result.conditions if one.name.startswith(RANDOM_CONTROL)]
     rows = [(UNSTEERED, [UNSTEERED]), (STEERED, [STEERED])]
     if controls:
         rows.append((f"random experts ({len(controls)} plans)", controls))
+    rows += [(_control_name(name), [name]) for name in _named_controls(result)]
     rates = result.frame[result.frame["metric"].isin(OUTCOMES)]
     for group, found in rates.groupby("group", sort=True):
         head = f"{group}, {found['n'].iloc[0]} prompts"
@@ -131,17 +137,41 @@ def _rates(found: pd.DataFrame, names: Sequence[str], outcome: str) -> str:
 
 def _side_effect_lines(result: EvaluationResult) -> list[str]:
     frame = result.frame[result.frame["metric"].isin(("kl_first", "kl_answer"))]
+    named = _named_controls(result)
     lines: list[str] = []
     for group in sorted(set(frame["group"])):
         parts = []
         for metric, words in (("kl_first", "first token"), ("kl_answer", "answer")):
             found = frame[(frame["group"] == group) & (frame["metric"] == metric)]
-            steered = found[found["condition"] == STEERED]["value"].tolist()
-            controls = found[found["condition"] != STEERED]["value"].tolist()
-            beside = f" (random {_span(controls, 4)})" if controls else ""
-            parts.append(f"{words} {_span(steered, 4)}{beside}")
+            values = {name: rows["value"].tolist() for name, rows in found.groupby("condition")}
+            controls = found[found["condition"].str.startswith(RANDOM_CONTROL)]["value"].tolist()
+            beside = [f"random {_span(controls, 4)}"] if controls else []
+            beside += [f"{_control_name(name)} {_span(values[name], 4)}" for name in named]
+            said = f" ({', '.join(beside)})" if beside else ""
+            parts.append(f"{words} {_span(values[STEERED], 4)}{said}")
         lines.append(f"side effects on {group}: KL in nats, {', '.join(parts)}")
     return lines
+
+
+def _named_controls(result: EvaluationResult) -> list[str]:
+    """The conditions of controls that were given as plans."""
+    return [
+        one.name
+        for one in result.conditions
+        if one.name.startswith("control:") and not one.name.startswith(RANDOM_CONTROL)
+    ]
+
+
+def _control_name(condition: str) -> str:
+    return condition.removeprefix("control:")
+
+
+def _speed_lines(result: EvaluationResult) -> list[str]:
+    found = result.frame[result.frame["metric"] == "tokens_per_s"].set_index("condition")["value"]
+    return [
+        f"speed: {found[UNSTEERED]:.0f} generated tokens a second unsteered, "
+        f"{found[STEERED]:.0f} steered"
+    ]
 
 
 def _routing_lines(result: EvaluationResult) -> list[str]:

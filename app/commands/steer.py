@@ -75,6 +75,10 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random plans.")] = 0,
+    judge_model: Annotated[
+        str | None,
+        typer.Option(help="A model that does not refuse, to tell word salad from other answers."),
+    ] = None,
     store: Annotated[Path | None, typer.Option(help="Store the rows in this DuckDB file.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the rows to FILE.csv.")] = None,
     device: DeviceOption = "auto",
@@ -94,12 +98,16 @@ def evaluate(
     if store is not None:
         check_store_target(store)
     bundle = load(model, device, dtype, trust_remote_code)
+    judge = None
+    if judge_model is not None:
+        is_same = judge_model == model
+        judge = bundle if is_same else load(judge_model, device, dtype, trust_remote_code)
     from moescope.steering.evaluate import evaluate_plan, store_evaluation
 
     with console.progress("evaluating", "answers") as update:
         result = evaluate_plan(
             bundle, read, chosen, num_controls=controls, seed=seed,
-            max_new_tokens=max_new_tokens, progress=update,
+            max_new_tokens=max_new_tokens, progress=update, judge_bundle=judge,
         )  # fmt: skip
     if store is not None:
         store_evaluation(store, result)

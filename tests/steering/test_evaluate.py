@@ -127,8 +127,65 @@ def test_examples_are_the_answers_that_steering_changed(
 
 def test_an_evaluation_repeats_itself(result: EvaluationResult, tiny_bundle: Any) -> None:
     again = evaluate_plan(tiny_bundle, PLAN, prompts(), num_controls=2, seed=5, max_new_tokens=6)
-    pd.testing.assert_frame_equal(again.frame, result.frame)
+    both = [one.frame[one.frame["metric"] != "tokens_per_s"] for one in (again, result)]
+    pd.testing.assert_frame_equal(*both)
     assert again.evaluation_id != result.evaluation_id
+
+
+def test_speed_is_generated_tokens_over_seconds_of_each_condition(
+    result: EvaluationResult,
+) -> None:
+    for one in result.conditions:
+        num_tokens = sum(len(answer.token_ids) for answer in one.answers)
+        speed = result.value(one.name, "all", "tokens_per_s")
+        assert speed == pytest.approx(num_tokens / one.seconds)
+        assert one.seconds > 0
+    assert any(line.startswith("speed: ") for line in result.lines())
+
+
+def test_given_controls_stand_beside_the_random_ones(tiny_bundle: Any) -> None:
+    bottom = SteeringPlan(
+        name="bottom", interventions=[{"action": "mask", "layer": 1, "experts": [6, 7]}]
+    )
+    calls: list[tuple[int, int]] = []
+    found = evaluate_plan(
+        tiny_bundle, PLAN, prompts(), num_controls=1, controls={"bottom": bottom},
+        max_new_tokens=3, progress=lambda done, total: calls.append((done, total)),
+    )  # fmt: skip
+    assert [one.name for one in found.conditions] == [
+        "unsteered", "steered", "control:random:0", "control:bottom",
+    ]  # fmt: skip
+    assert found.conditions[3].plan == bottom
+    assert calls[-1] == (20, 20)
+    compared = compare(tiny_bundle, prompts(), bottom, max_new_tokens=3)
+    assert [one.text for one in found.conditions[3].answers] == [
+        one.steered.text for one in compared.answers if one.steered is not None
+    ]
+    text = "\n".join(found.lines())
+    assert "random experts (1 plans)" in text
+    assert "\n  bottom  " in text
+    assert ", bottom " in next(line for line in found.lines() if line.startswith("side effects"))
+
+
+@pytest.mark.parametrize("name", ["", "random:0", "random:x"])
+def test_controls_cannot_take_the_names_of_random_ones(tiny_bundle: Any, name: str) -> None:
+    with pytest.raises(PlanError, match="a control cannot be named"):
+        evaluate_plan(tiny_bundle, PLAN, prompts(), controls={name: PLAN})
+
+
+def test_unsteered_answers_can_be_taken_from_an_earlier_evaluation(
+    result: EvaluationResult, tiny_bundle: Any
+) -> None:
+    calls: list[tuple[int, int]] = []
+    again = evaluate_plan(
+        tiny_bundle, PLAN, prompts(), num_controls=2, seed=5, max_new_tokens=6,
+        unsteered=result.conditions[0], progress=lambda done, total: calls.append((done, total)),
+    )  # fmt: skip
+    assert calls[-1] == (15, 15)
+    both = [one.frame[one.frame["metric"] != "tokens_per_s"] for one in (again, result)]
+    pd.testing.assert_frame_equal(*both)
+    with pytest.raises(ValueError, match="same prompts"):
+        evaluate_plan(tiny_bundle, PLAN, prompts()[:2], unsteered=result.conditions[0])
 
 
 def test_progress_reaches_its_total_and_what_is_missing_is_noted(tiny_bundle: Any) -> None:
