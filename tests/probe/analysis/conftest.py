@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +16,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import threadpoolctl
 
+from moescope.probe.demo.planted_routing import PlantedRouting, plant_routing
 from moescope.probe.interchange.assemble import assemble
 from moescope.probe.interchange.files import digest
 from moescope.probe.interchange.imported import ImportOptions
 from moescope.probe.interchange.into_store import store_import
 from moescope.probe.interchange.registry import importer
-from moescope.probe.storage.locks import insert_rows, writing
+from moescope.probe.storage.locks import insert_rows, reading, writing
 from moescope.probe.storage.slots import arrays_of_slots, as_stored
 from moescope.probe.storage.store import Store
 from moescope.probe.storage.verify import verify_run
@@ -31,7 +36,10 @@ Slots = Mapping[int, Sequence[tuple[int, float]]]  # layer -> (expert, weight), 
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """One routed token; `scores` are its router scores by layer, else its weights stand in."""
+    """One routed token; `scores` are its router scores by layer, else its weights stand in.
+
+    Without an id or a text of its own it has those of its position: 3 and "t3" for the fourth.
+    """
 
     slots: Slots
     phase: str = "prompt"
@@ -39,6 +47,8 @@ class Token:
     is_special: bool = False
     in_span: bool = False
     scores: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    token_id: int | None = None
+    text: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +68,47 @@ class Shape:
 
 
 RANDOM_SHAPES = tuple(Shape(layer=layer, num_experts=8, top_k=2) for layer in (1, 2, 4))
+PLANTED_SHAPES = tuple(Shape(layer=layer, num_experts=24, top_k=4) for layer in range(5))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_for_numpy() -> Iterator[None]:
+    """Matrices are small here: a second thread doubles the processor time and gains nothing."""
+    with threadpoolctl.threadpool_limits(1):
+        yield
+
+
+@cache
+def empty_store() -> bytes:
+    """A store without runs: copying one is much faster than making one."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "store.duckdb"
+        with writing(path):
+            pass
+        return path.read_bytes()
+
+
+_last_written = ExitStack()
+
+
+def kept_open(path: Path) -> Store:
+    """The store at `path`, open until another is written.
+
+    Opening a file takes most of the time that an analysis of a small run needs; while one
+    connection is open, others take none.
+    """
+    _last_written.close()
+    _last_written.enter_context(reading(path))
+    return Store(path)
+
+
+def edit(store: Store, *statements: str | tuple[str, Sequence[Any]]) -> None:
+    """Change a store behind the product's back: SQL, or SQL and its parameters."""
+    _last_written.close()
+    with writing(store.path) as con:
+        for statement in statements:
+            con.execute(*((statement,) if isinstance(statement, str) else statement)).fetchall()
+    kept_open(store.path)
 
 
 def write_run(
@@ -86,8 +137,10 @@ def write_run(
         )  # fmt: skip
         for position, token in enumerate(item.tokens):
             tokens.append(
-                {"prompt_id": prompt_id, "position": position, "token_id": position,
-                 "token": f"t{position}", "phase": token.phase, "segment": token.segment,
+                {"prompt_id": prompt_id, "position": position,
+                 "token_id": position if token.token_id is None else token.token_id,
+                 "token": f"t{position}" if token.text is None else token.text,
+                 "phase": token.phase, "segment": token.segment,
                  "is_special": token.is_special, "in_span": token.in_span, "is_routed": True}
             )  # fmt: skip
             for shape in shapes:
@@ -127,6 +180,9 @@ def write_run(
     tables = {"layers": layers, "prompts": prompts, "tokens": tokens, "usage_arrays": arrays}
     if record_level == "topk":
         tables["routing_arrays"] = routing
+    _last_written.close()
+    if not path.exists():
+        path.write_bytes(empty_store())
     with writing(path) as con:
         con.execute(
             "INSERT INTO runs (run_id, model, revision, created_at, status, source, record_level, "
@@ -138,7 +194,7 @@ def write_run(
             if name == "routing_arrays":
                 made = as_stored(arrays_of_slots(made))
             insert_rows(con, name, made, run_id=run_id)
-    return Store(path)
+    return kept_open(path)
 
 
 def tokens_of(expert_lists: Sequence[Sequence[int]], **changes: Any) -> list[Token]:
@@ -172,22 +228,60 @@ def random_item(
     return Item(tokens=tokens, fields=fields)
 
 
+def held_open(store: Store) -> Iterator[Store]:
+    """The value of a fixture whose store many tests read and none writes; see `kept_open`."""
+    with store.connection():
+        yield store
+
+
+def planted_items(truth: PlantedRouting) -> list[Item]:
+    """The prompts of a planted routing, of `PLANTED_SHAPES`.
+
+    Prompts with the same number within their language share a pair_id: they are the passages of the
+    run, of one domain each.
+    """
+    items: list[Item] = []
+    per_lang: Counter[str] = Counter()
+    for prompt in np.unique(truth.prompt_ids):
+        rows = np.flatnonzero(truth.prompt_ids == prompt)
+        tokens = [
+            Token(
+                slots={
+                    layer: list(zip(experts.tolist(), weights.tolist(), strict=True))
+                    for layer, (experts, weights) in enumerate(
+                        zip(truth.expert_ids[row], truth.weights[row], strict=True)
+                    )
+                }
+            )
+            for row in rows
+        ]
+        lang, domain = str(truth.langs[rows[0]]), str(truth.domains[rows[0]])
+        pair_id = f"p{per_lang[lang]}"
+        per_lang[lang] += 1
+        items.append(
+            Item(tokens=tokens, fields={"lang": lang, "domain": domain, "pair_id": pair_id})
+        )
+    return items
+
+
 @pytest.fixture(scope="session")
-def make_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Store]:
+def make_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Store]]:
     """Writes a run to a new store; see `write_run`."""
 
     def make(shapes: Sequence[Shape], items: Sequence[Item], **changes: Any) -> Store:
         return write_run(tmp_path_factory.mktemp("run") / "store.duckdb", shapes, items, **changes)
 
-    return make
+    yield make
+    _last_written.close()
 
 
 @pytest.fixture(scope="session")
 def lab() -> SimpleNamespace:
-    """The pieces runs are written from: Token, Item, Shape, write_run, tokens_of, random_item."""
+    """The pieces runs are written from."""
     return SimpleNamespace(
         Token=Token, Item=Item, Shape=Shape, write_run=write_run, tokens_of=tokens_of,
-        random_item=random_item,
+        random_item=random_item, planted_items=planted_items, PLANTED_SHAPES=PLANTED_SHAPES,
+        RANDOM_SHAPES=RANDOM_SHAPES, held_open=held_open, edit=edit,
     )  # fmt: skip
 
 
@@ -216,14 +310,40 @@ def random_items() -> list[Item]:
 
 
 @pytest.fixture(scope="session")
-def random_store(tmp_path_factory: pytest.TempPathFactory, random_items: list[Item]) -> Store:
+def random_store(
+    tmp_path_factory: pytest.TempPathFactory, random_items: list[Item]
+) -> Iterator[Store]:
     """`random_items` as a run."""
     path = tmp_path_factory.mktemp("random") / "store.duckdb"
-    return write_run(path, RANDOM_SHAPES, random_items)
+    yield from held_open(write_run(path, RANDOM_SHAPES, random_items))
 
 
 @pytest.fixture(scope="session")
-def real_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def planted_truth() -> PlantedRouting:
+    """72 prompts of 20 tokens in four languages and three domains, and what is planted in them."""
+    return plant_routing()
+
+
+@pytest.fixture(scope="session")
+def planted_store(
+    tmp_path_factory: pytest.TempPathFactory, planted_truth: PlantedRouting
+) -> Iterator[Store]:
+    """`planted_truth` as a run; the id of a token is 1 where layer 2 uses expert 3, else 0."""
+    items = [
+        replace(
+            item,
+            tokens=[
+                replace(token, token_id=int(3 in dict(token.slots[2]))) for token in item.tokens
+            ],
+        )
+        for item in planted_items(planted_truth)
+    ]
+    path = tmp_path_factory.mktemp("planted") / "store.duckdb"
+    yield from held_open(write_run(path, PLANTED_SHAPES, items))
+
+
+@pytest.fixture(scope="session")
+def real_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """Real routing of DeepSeek-V2-Lite (deepseek-ai/ESFT): domains law and summary."""
     if not REAL_ROUTING.is_dir():
         pytest.skip(f"real recorded routing is not here ({REAL_ROUTING})")
@@ -235,4 +355,4 @@ def real_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     imported = importer("esft").read(paths, options)
     store_import(assemble(imported, options, digest(paths)), store, "real")
     assert verify_run(Store(store), "real") == []
-    return Store(store)
+    yield from held_open(Store(store))

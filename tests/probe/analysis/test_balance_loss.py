@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from moescope.probe.analysis.filters import Filters
 from moescope.probe.analysis.usage.balance_loss import balance_loss, loss
 from moescope.probe.errors import AnalysisInputError
-from moescope.probe.storage.locks import writing
 from moescope.probe.storage.store import Store
 
 
@@ -88,8 +87,7 @@ def test_the_gap_is_that_of_chance_unless_prompts_specialize(
     items = topics(lab, np.random.default_rng(5), apart=apart)
     store = make_store([lab.Shape(layer=0, num_experts=6, top_k=2)], items)
     rule = json.dumps({"score": "softmax", "weights": "score", "renormalize": False, "scale": 1.0})
-    with writing(store.path) as con:
-        con.execute("UPDATE layers SET rule = ?", [rule]).fetchall()
+    lab.edit(store, ("UPDATE layers SET rule = ?", [rule]))
     row = balance_loss(store, "run").frame.iloc[0]
     tokens = [token for item in items for token in item.tokens]
     rng = np.random.default_rng(1)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,31 +17,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from moescope.probe.analysis import pair_counts, token_slots
+from moescope.probe.analysis import token_slots
+from moescope.probe.analysis.filters import Filters
+from moescope.probe.analysis.pairs import pair_counts
 from moescope.probe.analysis.pairs.coactivation import expert_coactivation
 from moescope.probe.analysis.pairs.entries import PAIR_ANALYSES
 from moescope.probe.analysis.pairs.partners import expert_partners
-from moescope.probe.demo.planted_routing import plant_routing
 from moescope.probe.errors import AnalysisInputError
-from moescope.probe.interchange.assemble import assemble
-from moescope.probe.interchange.files import digest
-from moescope.probe.interchange.imported import ImportOptions
-from moescope.probe.interchange.into_store import store_import
-from moescope.probe.interchange.registry import importer
-from moescope.probe.storage.locks import writing
 from moescope.probe.storage.store import Store
 
 DATA = Path(__file__).resolve().parents[4] / "shared/data/deepseek_v2_lite_routing"
 
 
 @pytest.fixture(scope="module")
-def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
+def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Iterator[Store]:
     """K = 2, E = 5, expert 4 unused. Experts 0..3 are used by 4, 3, 2 and 1 of 5 tokens."""
     items = [
         lab.Item(tokens=lab.tokens_of([[0, 1], [1, 0], [0, 2]])),
         lab.Item(tokens=lab.tokens_of([[0, 1], [2, 3]])),
     ]
-    return make_store([lab.Shape(layer=0, num_experts=5, top_k=2)], items)
+    yield from lab.held_open(make_store([lab.Shape(layer=0, num_experts=5, top_k=2)], items))
 
 
 def test_shares_by_hand(small: Store) -> None:
@@ -208,7 +202,7 @@ TOKENS = st.lists(
 )
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(prompts=TOKENS, names=st.permutations(range(6)))
 def test_sums_symmetry_and_names(
     make_store: Callable[..., Store], lab: SimpleNamespace, prompts: Any, names: list[int]
@@ -245,29 +239,8 @@ def test_sums_symmetry_and_names(
     pd.testing.assert_frame_equal(frame, renamed.set_index(["expert", "other"]).sort_index())
 
 
-@pytest.fixture(scope="module")
-def planted(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
-    """The planted routing as a run."""
-    planted = plant_routing(tokens_per_prompt=12)
-    shapes = [lab.Shape(layer=layer, num_experts=24, top_k=4) for layer in range(5)]
-    items = []
-    for prompt in np.unique(planted.prompt_ids):
-        rows = np.flatnonzero(planted.prompt_ids == prompt)
-        tokens = [
-            lab.Token(slots={
-                layer: list(zip(planted.expert_ids[row, layer].tolist(),
-                                planted.weights[row, layer].tolist(), strict=True))
-                for layer in range(5)
-            })
-            for row in rows
-        ]  # fmt: skip
-        fields = {"lang": str(planted.langs[rows[0]]), "domain": str(planted.domains[rows[0]])}
-        items.append(lab.Item(tokens=tokens, fields=fields))
-    return make_store(shapes, items)
-
-
-def test_planted_partners_are_found_and_no_others(planted: Store) -> None:
-    pairs = expert_coactivation(planted, "run").frame
+def test_planted_partners_are_found_and_no_others(planted_store: Store) -> None:
+    pairs = expert_coactivation(planted_store, "run").frame
     always = pairs[pairs["share"] == 1]
     assert [tuple(row) for row in always[["layer", "expert", "other"]].to_numpy()] == [
         (2, 3, 11),
@@ -276,7 +249,7 @@ def test_planted_partners_are_found_and_no_others(planted: Store) -> None:
     assert (always["low"] == 1).all()
     # Who is a partner of these two in other layers comes nowhere near.
     assert pairs["share"].drop(always.index).max() < 0.7
-    frame = expert_partners(planted, "run").frame
+    frame = expert_partners(planted_store, "run").frame
     sure = frame[(frame["share"] == 1) & frame["mutual"]]
     assert [tuple(row) for row in sure[["layer", "expert", "partner"]].to_numpy()] == [
         (2, 3, 11),
@@ -350,8 +323,7 @@ def test_top1_layers_beside_others_are_left_out(
 def test_adjacent_pairs_need_ranks(make_store: Callable[..., Store], lab: SimpleNamespace) -> None:
     items = [lab.Item(tokens=lab.tokens_of([[0, 1]]))]
     store = make_store([lab.Shape(layer=0, num_experts=2, top_k=2)], items)
-    with writing(store.path) as con:
-        con.execute("UPDATE routing_arrays SET is_ranked = FALSE")
+    lab.edit(store, "UPDATE routing_arrays SET is_ranked = FALSE")
     assert len(expert_coactivation(store, "run").frame) == 2
     with pytest.raises(AnalysisInputError, match="which pairs adjacent needs"):
         expert_coactivation(store, "run", pairs="adjacent")
@@ -366,22 +338,10 @@ def test_the_registry_offers_each_analysis(small: Store) -> None:
         assert table.context.parameters["unit"] == "lang"
 
 
-@pytest.fixture(scope="module")
-def real_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """One layer of the real routing."""
-    if not DATA.is_dir():
-        pytest.skip(f"real recorded routing is not here ({DATA})")
-    folder = tmp_path_factory.mktemp("real")
-    (folder / "law").mkdir()
-    shutil.copy(DATA / "law" / "expert_weights_13.txt", folder / "law")
-    paths, options = [folder / "law"], ImportOptions(model="deepseek-v2-lite")
-    imported = importer("esft").read(paths, options)
-    store_import(assemble(imported, options, digest(paths)), folder / "store.duckdb", "real")
-    return Store(folder / "store.duckdb")
-
-
+@pytest.mark.xdist_group("real_routing")
 def test_real_routing_against_the_raw_files(real_store: Store) -> None:
-    frame = expert_coactivation(real_store, "real").frame
+    filters = Filters(layers=(13,), fields={"domain": ("law",)})
+    frame = expert_coactivation(real_store, "real", filters=filters).frame
     both = np.zeros((64, 64), dtype=int)
     adjacent = np.zeros((64, 64), dtype=int)
     tokens = 0
@@ -398,6 +358,6 @@ def test_real_routing_against_the_raw_files(real_store: Store) -> None:
     assert tokens == 8_327
     assert frame["num_both"].sum() / 2 == tokens * 6 * 5 / 2
     assert (frame["num_both"] == both[frame["expert"], frame["other"]]).all()
-    near = expert_coactivation(real_store, "real", pairs="adjacent").frame
+    near = expert_coactivation(real_store, "real", filters=filters, pairs="adjacent").frame
     assert near["num_both"].sum() / 2 == tokens * 5
     assert (near["num_both"] == adjacent[near["expert"], near["other"]]).all()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,12 +27,12 @@ def outcome_items(lab: SimpleNamespace, **lists: list[list[list[int]]]) -> list[
 
 
 @pytest.fixture(scope="module")
-def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
+def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Iterator[Store]:
     """K = 1, E = 3. Refused: 3 tokens on 0 and 1 on 1, of 1 + 3; correct: 5 on 1 and 1 on 2."""
     items = outcome_items(
         lab, refused=[[[0]], [[0], [0], [1]]], correct=[[[1], [1]], [[1], [1], [1], [2]]]
     )
-    return make_store([lab.Shape(layer=0, num_experts=3, top_k=1)], items)
+    yield from lab.held_open(make_store([lab.Shape(layer=0, num_experts=3, top_k=1)], items))
 
 
 def test_pooled_effects_by_hand(small: Store) -> None:
@@ -83,9 +83,9 @@ def planted_items(lab: SimpleNamespace, seed: int, units: int = 24) -> list[Any]
 
 
 @pytest.fixture(scope="module")
-def planted(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
+def planted(make_store: Callable[..., Store], lab: SimpleNamespace) -> Iterator[Store]:
     shapes = [lab.Shape(layer=layer, num_experts=8, top_k=2) for layer in (0, 1)]
-    return make_store(shapes, planted_items(lab, seed=3))
+    yield from lab.held_open(make_store(shapes, planted_items(lab, seed=3)))
 
 
 @pytest.mark.parametrize("average", ["pooled", "unit"])

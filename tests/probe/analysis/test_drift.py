@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -43,12 +43,12 @@ def rerouted(items: list[Any], share: float, seed: int) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def two(make_store: MakeStore, lab: SimpleNamespace, random_items: list[Any]) -> Store:
-    shapes = [lab.Shape(layer=layer, num_experts=8, top_k=2) for layer in (1, 2, 4)]
+def two(make_store: MakeStore, lab: SimpleNamespace, random_items: list[Any]) -> Iterator[Store]:
+    shapes = lab.RANDOM_SHAPES
     items = random_items[:36]
     store = make_store(shapes, items)
     lab.write_run(store.path, shapes, rerouted(items, 0.5, 1), run_id="other")
-    return store
+    yield from lab.held_open(store)
 
 
 def test_numbers_by_hand(make_store: MakeStore, lab: SimpleNamespace) -> None:
@@ -169,44 +169,21 @@ def test_shifts_sum_to_zero_and_turn_with_the_runs(
     assert table.summary["saturation"] == pytest.approx(shared)
 
 
-def planted(make_store: MakeStore, lab: Any, truth: Any, changed: Any) -> Store:
-    """Planted routing as run `base`, and as changed as run `run`."""
-    layers, top_k = range(truth.expert_ids.shape[1]), truth.expert_ids.shape[2]
-    shapes = [lab.Shape(layer=layer, num_experts=24, top_k=top_k) for layer in layers]
-
-    def items(expert_ids: Any) -> list[Any]:
-        tokens = [
-            lab.Token(
-                slots={
-                    layer: list(zip(experts[layer].tolist(), weights[layer].tolist(), strict=True))
-                    for layer in layers
-                }
-            )
-            for experts, weights in zip(expert_ids, truth.weights, strict=True)
-        ]
-        starts = np.flatnonzero(np.diff(truth.prompt_ids, prepend=-1))
-        ends = [*starts[1:], len(tokens)]
-        return [
-            lab.Item(
-                tokens=tokens[start:end],
-                fields={"lang": truth.langs[start], "domain": truth.domains[start]},
-            )
-            for start, end in zip(starts, ends, strict=True)
-        ]
-
-    store = make_store(shapes, items(changed))
-    lab.write_run(store.path, shapes, items(truth.expert_ids), run_id="base")
-    return store
-
-
 def test_planted_moves_are_found_and_nothing_else(make_store: MakeStore, lab: Any) -> None:
     """Where expert 3 of layer 2 was used, expert 0 is, unless the token had it already."""
     truth = plant_routing(prompts_per_cell=2, tokens_per_prompt=10)
+    store = make_store(lab.PLANTED_SHAPES, lab.planted_items(truth), run_id="base")
+
+    def write(run_id: str, expert_ids: Any) -> None:
+        items = lab.planted_items(replace(truth, expert_ids=expert_ids))
+        lab.write_run(store.path, lab.PLANTED_SHAPES, items, run_id=run_id)
+
     changed = truth.expert_ids.copy()
     layer = changed[:, 2]
     free = ~(layer == 0).any(axis=1)
     layer[free] = np.where(layer[free] == 3, 0, layer[free])
-    table = expert_drift(planted(make_store, lab, truth, changed), "run", against="base")
+    write("moved", changed)
+    table = expert_drift(store, "moved", against="base")
     moved = table.frame[table.frame["moved"]]
     assert {(row.layer, row.expert) for row in moved.itertuples()} == {(2, 0), (2, 3)}
     assert table.frame.loc[2:, "shift"].eq(0).all()
@@ -220,9 +197,9 @@ def test_planted_moves_are_found_and_nothing_else(make_store: MakeStore, lab: An
     names[[20, 21]] = 21, 20
     changed = truth.expert_ids.copy()
     changed[:, 1] = names[changed[:, 1]]
-    store = planted(make_store, lab, truth, changed)
+    write("exchanged", changed)
     filters = Filters(fields={"domain": ("facts",)})
-    frame = expert_drift(store, "run", against="base", filters=filters).frame
+    frame = expert_drift(store, "exchanged", against="base", filters=filters).frame
     assert frame["shift"].tolist()[:3] == [pytest.approx(s, abs=0) for s in (-1, 1, 0)]
     assert frame["kept"].tolist()[0] == 0
 
@@ -231,7 +208,7 @@ def test_runs_that_differ_by_chance_alone_have_not_moved(
     make_store: MakeStore, lab: Any, random_items: list[Any]
 ) -> None:
     """Both runs draw half of all tokens again from the same distribution."""
-    shapes = [lab.Shape(layer=layer, num_experts=8, top_k=2) for layer in (1, 2, 4)]
+    shapes = lab.RANDOM_SHAPES
     items = random_items[:36]
     store = make_store(shapes, rerouted(items, 0.5, 2))
     lab.write_run(store.path, shapes, rerouted(items, 0.5, 3), run_id="other")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ OUTCOMES = {"de": "correct", "fr": "correct", "es": "correct", "el": "other", "r
 
 
 @pytest.fixture(scope="module")
-def planted(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
+def planted(make_store: Callable[..., Store], lab: SimpleNamespace) -> Iterator[Store]:
     """Three pairs of languages, each pair on an expert of its own; de and fr share with en half."""
     items = []
     for pair, length in (("p0", 4), ("p1", 4)):
@@ -40,7 +40,7 @@ def planted(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
                 experts[: length // 2] = [[0]] * (length // 2)
             fields = {"lang": lang, "pair_id": pair, "outcome": OUTCOMES.get(lang)}
             items.append(lab.Item(tokens=lab.tokens_of(experts), fields=fields))
-    return make_store([lab.Shape(layer=0, num_experts=8, top_k=1)], items)
+    yield from lab.held_open(make_store([lab.Shape(layer=0, num_experts=8, top_k=1)], items))
 
 
 def test_pairs_by_hand(planted: Store) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,14 +25,14 @@ def item(lab: SimpleNamespace, lang: str, pair_id: str | None, experts: list[lis
 
 
 @pytest.fixture(scope="module")
-def disjoint(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
+def disjoint(make_store: Callable[..., Store], lab: SimpleNamespace) -> Iterator[Store]:
     """English always on expert 0, German on 1, French on 0; two passages of 4 and 6 tokens."""
     items = [
         item(lab, lang, pair, [[expert]] * length)
         for pair, length in (("p0", 4), ("p1", 6))
         for lang, expert in (("en", 0), ("de", 1), ("fr", 0))
     ]
-    return make_store([lab.Shape(layer=0, num_experts=8, top_k=1)], items)
+    yield from lab.held_open(make_store([lab.Shape(layer=0, num_experts=8, top_k=1)], items))
 
 
 @pytest.mark.parametrize("q", ["softmax", "topk", "counts"])
@@ -320,10 +320,7 @@ def test_scores_that_were_not_recorded_are_refused(
 ) -> None:
     items = [item(lab, lang, "p0", [[0], [1]]) for lang in ("en", "de")]
     store = make_store([lab.Shape(layer=0, num_experts=4, top_k=1)], items)
-    from moescope.probe.storage.locks import writing
-
-    with writing(store.path) as con:
-        con.execute("UPDATE usage_arrays SET prob_sum = []").fetchall()
+    lab.edit(store, "UPDATE usage_arrays SET prob_sum = []")
     with pytest.raises(AnalysisInputError, match="does not hold prob_sum for all 4 experts"):
         language_divergence(store, "run", q="softmax")
     assert language_divergence(store, "run", q="counts").frame.at[0, "num_passages"] == 1

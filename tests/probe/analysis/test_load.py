@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +15,7 @@ from moescope.probe.storage.store import Store
 
 
 @pytest.fixture(scope="module")
-def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
+def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Iterator[Store]:
     """Three tokens, K = 2, E = 4: expert 0 thrice, 1 twice, 2 once, 3 never; one token in de."""
 
     def token(*slots: tuple[int, float]) -> object:
@@ -28,7 +28,7 @@ def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
         lab.Item(tokens=[token((0, 0.125), (2, 0.875))], fields={"lang": "de"}),
         lab.Item(tokens=[token((3, 0.5), (2, 0.5))], fields={"lang": None, "label": "other"}),
     ]
-    return make_store([lab.Shape(layer=3, num_experts=4, top_k=2)], items)
+    yield from lab.held_open(make_store([lab.Shape(layer=3, num_experts=4, top_k=2)], items))
 
 
 KEPT = Filters(fields={"lang": ("en", "de")})

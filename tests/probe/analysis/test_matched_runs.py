@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,17 +15,9 @@ from moescope.probe.analysis import token_slots
 from moescope.probe.analysis.filters import Filters
 from moescope.probe.analysis.two_runs.matched_runs import MatchedRuns, match_runs, read_pairs
 from moescope.probe.errors import AnalysisInputError, RunError
-from moescope.probe.storage.locks import writing
 from moescope.probe.storage.store import Store
 
 MakeStore = Callable[..., Store]
-
-
-def edit(store: Store, *statements: str) -> None:
-    """Change a store behind the product's back."""
-    with writing(store.path) as con:
-        for statement in statements:
-            con.execute(statement)
 
 
 def match(store: Store, **changes: Any) -> MatchedRuns:
@@ -95,10 +87,12 @@ def test_filters_choose_prompts_after_they_are_matched(two: Callable[..., Store]
     assert matched.notes == ("Prompts matched with run 'other': 1.",)
 
 
-def test_tokens_count_up_to_the_first_difference(two: Callable[..., Store]) -> None:
+def test_tokens_count_up_to_the_first_difference(
+    two: Callable[..., Store], lab: SimpleNamespace
+) -> None:
     fields = [{"key": name} for name in "abc"]
     store = two(fields, fields)
-    edit(
+    lab.edit(
         store,
         "UPDATE tokens SET token_id = 99 WHERE run_id = 'other' AND prompt_id = 0 AND position = 1",
         # The last token of an answer does not pass the model.
@@ -115,9 +109,11 @@ def test_tokens_count_up_to_the_first_difference(two: Callable[..., Store]) -> N
 
 
 @pytest.fixture(scope="module")
-def shuffled(make_store: MakeStore, lab: SimpleNamespace, random_items: list[Any]) -> Store:
+def shuffled(
+    make_store: MakeStore, lab: SimpleNamespace, random_items: list[Any]
+) -> Iterator[Store]:
     """The other run has its 12 prompts in another order, and further ones between."""
-    shapes = [lab.Shape(layer=layer, num_experts=8, top_k=2) for layer in (1, 2, 4)]
+    shapes = lab.RANDOM_SHAPES
     own = [
         replace(item, fields={**item.fields, "key": str(index)})
         for index, item in enumerate(random_items[:12])
@@ -128,7 +124,7 @@ def shuffled(make_store: MakeStore, lab: SimpleNamespace, random_items: list[Any
         other += [own[index], further]
     store = make_store(shapes, own)
     lab.write_run(store.path, shapes, other, run_id="other")
-    return store
+    yield from lab.held_open(store)
 
 
 @pytest.mark.parametrize(
@@ -207,17 +203,17 @@ def test_runs_that_cannot_be_compared(two: Callable[..., Store], lab: SimpleName
         match(store, against="final")
     with pytest.raises(AnalysisInputError, match="none of these prompts in common"):
         match(store)
-    edit(store, "UPDATE prompts SET key = 'a'")
+    lab.edit(store, "UPDATE prompts SET key = 'a'")
     assert len(match(store).tokens) == 3
     with pytest.raises(AnalysisInputError, match="no field 'units'"):
         match(store, unit="units")
-    edit(store, "UPDATE tokens SET token_id = token_id + 7 WHERE run_id = 'other'")
+    lab.edit(store, "UPDATE tokens SET token_id = token_id + 7 WHERE run_id = 'other'")
     with pytest.raises(AnalysisInputError, match="share 1 prompts but no token"):
         match(store)
-    edit(store, "UPDATE tokens SET token_id = -1 WHERE run_id = 'other'")
+    lab.edit(store, "UPDATE tokens SET token_id = -1 WHERE run_id = 'other'")
     with pytest.raises(AnalysisInputError, match="token ids of one of them are not known"):
         match(store)
-    edit(
+    lab.edit(
         store,
         "UPDATE tokens SET token_id = position",
         "UPDATE tokens SET token_id = 9 WHERE run_id = 'other' AND position = 2",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +14,7 @@ from moescope.probe.storage.store import Store
 
 
 @pytest.fixture(scope="module")
-def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
+def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Iterator[Store]:
     """Two tokens in two layers; at position 1 of layer 5 everything was dropped (weight 0)."""
     tokens = [
         lab.Token(slots={2: [(1, 0.2), (3, 0.6)], 5: [(0, 0.5), (2, 0.5)]}, is_special=True),
@@ -25,7 +25,7 @@ def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
         ),
     ]
     shapes = [lab.Shape(layer=layer, num_experts=4, top_k=2) for layer in (2, 5)]
-    return make_store(shapes, [lab.Item(tokens=tokens), lab.Item(tokens=tokens)])
+    yield from lab.held_open(make_store(shapes, [lab.Item(tokens=tokens), lab.Item(tokens=tokens)]))
 
 
 def test_prompt_by_hand(small: Store) -> None:

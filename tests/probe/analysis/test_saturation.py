@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,6 @@ from moescope.probe.analysis.two_runs.entries import TWO_RUN_ANALYSES
 from moescope.probe.analysis.two_runs.saturation import router_saturation
 from moescope.probe.demo.planted_routing import plant_routing
 from moescope.probe.errors import AnalysisInputError
-from moescope.probe.storage.locks import writing
 from moescope.probe.storage.store import Store
 
 MakeStore = Callable[..., Store]
@@ -46,12 +45,12 @@ def rerouted(items: list[Any], share: float, seed: int) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def two(make_store: MakeStore, lab: SimpleNamespace, random_items: list[Any]) -> Store:
-    shapes = [lab.Shape(layer=layer, num_experts=8, top_k=2) for layer in (1, 2, 4)]
+def two(make_store: MakeStore, lab: SimpleNamespace, random_items: list[Any]) -> Iterator[Store]:
+    shapes = lab.RANDOM_SHAPES
     items = random_items[:36]
     store = make_store(shapes, items)
     lab.write_run(store.path, shapes, rerouted(items, 0.6, 1), run_id="other")
-    return store
+    yield from lab.held_open(store)
 
 
 def test_numbers_by_hand(make_store: MakeStore, lab: SimpleNamespace) -> None:
@@ -165,7 +164,7 @@ def test_agreement_with_plain_loops(two: Store) -> None:
 def test_independent_runs_lie_at_chance(
     make_store: MakeStore, lab: SimpleNamespace, random_items: list[Any]
 ) -> None:
-    shapes = [lab.Shape(layer=layer, num_experts=8, top_k=2) for layer in (1, 2, 4)]
+    shapes = lab.RANDOM_SHAPES
     store = make_store(shapes, random_items)
     lab.write_run(store.path, shapes, rerouted(random_items, 1.0, 5), run_id="other")
     frame = router_saturation(store, "run", against="other").frame
@@ -252,11 +251,11 @@ def test_what_a_run_lacks_is_missing(two: Store, make_store: MakeStore, lab: Any
     items = [lab.Item(tokens=lab.tokens_of([[0, 1], [1, 2]]))]
     store = make_store(shapes, items)
     lab.write_run(store.path, shapes, items, run_id="other")
-    with writing(store.path) as con:
-        con.execute(
-            "UPDATE routing_arrays SET weights = NULL, bf16_weights = NULL, is_ranked = false "
-            "WHERE run_id = 'other'"
-        )
+    lab.edit(
+        store,
+        "UPDATE routing_arrays SET weights = NULL, bf16_weights = NULL, is_ranked = false "
+        "WHERE run_id = 'other'",
+    )
     table = router_saturation(store, "run", against="other")
     missing = ["jsd_token", "top1_match", "top1_low", "top1_high", "top1_chance"]
     assert table.frame[missing].isna().all(axis=None)
@@ -291,7 +290,9 @@ def test_planted_change_is_found_in_its_layer(make_store: MakeStore, lab: Any) -
     names[[first, second]] = second, first
     changed = truth.expert_ids.copy()
     changed[:, 1] = names[changed[:, 1]]
-    store = two_planted(make_store, lab, truth, changed)
+    store = make_store(lab.PLANTED_SHAPES, lab.planted_items(truth), run_id="base")
+    items = lab.planted_items(replace(truth, expert_ids=changed))
+    lab.write_run(store.path, lab.PLANTED_SHAPES, items)
     frame = router_saturation(store, "run", against="base").frame.set_index("layer")
     assert frame["saturation"].drop(1).eq(1).all()
     assert frame["jsd_token"].drop(1).eq(0).all()
@@ -300,40 +301,15 @@ def test_planted_change_is_found_in_its_layer(make_store: MakeStore, lab: Any) -
     assert frame.at[1, "identical"] == pytest.approx(1 / 3)
 
 
-def two_planted(make_store: MakeStore, lab: Any, truth: Any, changed: Any) -> Store:
-    """Planted routing as run `base`, and as changed as run `run`."""
-    layers, top_k = range(truth.expert_ids.shape[1]), truth.expert_ids.shape[2]
-    shapes = [lab.Shape(layer=layer, num_experts=24, top_k=top_k) for layer in layers]
-
-    def items(expert_ids: Any) -> list[Any]:
-        tokens = [
-            lab.Token(
-                slots={
-                    layer: list(zip(experts[layer].tolist(), weights[layer].tolist(), strict=True))
-                    for layer in layers
-                }
-            )
-            for experts, weights in zip(expert_ids, truth.weights, strict=True)
-        ]
-        starts = np.flatnonzero(np.diff(truth.prompt_ids, prepend=-1))
-        ends = [*starts[1:], len(tokens)]
-        return [lab.Item(tokens=tokens[a:b]) for a, b in zip(starts, ends, strict=True)]
-
-    store = make_store(shapes, items(changed))
-    lab.write_run(store.path, shapes, items(truth.expert_ids), run_id="base")
-    return store
-
-
-def test_a_model_recorded_twice_has_not_moved(tmp_path: Any) -> None:
+def test_a_model_recorded_twice_has_not_moved(tiny_bundle: Any, tmp_path: Any) -> None:
     """The same model and prompts: everything is kept, nothing has shifted."""
-    from moescope.probe import load_model, read_prompts, trace_prompts
+    from moescope.probe import read_prompts, trace_prompts
     from moescope.probe.trace import TraceOptions
 
-    bundle = load_model("demo")
-    prompts = read_prompts(["neutral"])[:4]
+    prompts = read_prompts(["neutral"])[:3]
     path = tmp_path / "store.duckdb"
     for run_id in ("one", "two"):
-        trace_prompts(bundle, prompts, path, run_id, TraceOptions(max_new_tokens=2))
+        trace_prompts(tiny_bundle, prompts, path, run_id, TraceOptions(max_new_tokens=2))
     store = Store(path)
     saturation, drift = (
         analysis.function(store, "one", against="two").frame for analysis in TWO_RUN_ANALYSES

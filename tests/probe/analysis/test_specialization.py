@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +14,7 @@ from moescope.probe.storage.store import Store
 
 
 @pytest.fixture(scope="module")
-def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
+def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Iterator[Store]:
     """K = 1, E = 3. law: 4 tokens, 3 on expert 0 and 1 on 1; code: 2 tokens, both on 1."""
     items = [
         lab.Item(tokens=lab.tokens_of([[0], [0], [1]]), fields={"domain": "law"}),
@@ -22,7 +22,7 @@ def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
         lab.Item(tokens=lab.tokens_of([[1], [1]]), fields={"domain": "code"}),
         lab.Item(tokens=lab.tokens_of([[2]]), fields={}),
     ]
-    return make_store([lab.Shape(layer=0, num_experts=3, top_k=1)], items)
+    yield from lab.held_open(make_store([lab.Shape(layer=0, num_experts=3, top_k=1)], items))
 
 
 def test_shares_by_hand(small: Store) -> None:

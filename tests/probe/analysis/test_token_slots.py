@@ -25,8 +25,14 @@ FILTERS = [
 ]
 
 
-@pytest.mark.parametrize("filters", FILTERS, ids=[f.describe() for f in FILTERS])
-@pytest.mark.parametrize("slots_per_read", [1, 40, 10**9])
+CASES = [(filters, slots) for filters in FILTERS for slots in (40, 10**9)]
+# A read for every prompt.
+CASES += [(FILTERS[2], 1), (FILTERS[5], 1)]
+
+
+@pytest.mark.parametrize(
+    ("filters", "slots_per_read"), CASES, ids=[f"{slots}-{f.describe()}" for f, slots in CASES]
+)
 def test_the_rows_are_those_of_sql(
     random_store: Store, filters: Filters, slots_per_read: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

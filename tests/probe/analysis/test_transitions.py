@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,14 +22,7 @@ from moescope.probe.analysis.pairs import pair_counts
 from moescope.probe.analysis.pairs.entries import PAIR_ANALYSES
 from moescope.probe.analysis.pairs.transition_strength import transition_strength
 from moescope.probe.analysis.pairs.transitions import expert_transitions
-from moescope.probe.demo.planted_routing import plant_routing
 from moescope.probe.errors import AnalysisInputError
-from moescope.probe.interchange.assemble import assemble
-from moescope.probe.interchange.files import digest
-from moescope.probe.interchange.imported import ImportOptions
-from moescope.probe.interchange.into_store import store_import
-from moescope.probe.interchange.registry import importer
-from moescope.probe.storage.locks import writing
 from moescope.probe.storage.store import Store
 
 DATA = Path(__file__).resolve().parents[4] / "shared/data/deepseek_v2_lite_routing"
@@ -53,7 +45,7 @@ def two_layers(lab: SimpleNamespace, rows: Any, **fields: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
+def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Iterator[Store]:
     """5 tokens; layers 0 (3 experts, top-2) and 3 (4 experts, top-2), nothing routed between."""
     shapes = [
         lab.Shape(layer=0, num_experts=3, top_k=2),
@@ -63,7 +55,7 @@ def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
         two_layers(lab, [([0, 1], [3, 0]), ([0, 1], [3, 1]), ([1, 0], [2, 3])]),
         two_layers(lab, [([0, 1], [0, 3]), ([1, 0], [2, 0])]),
     ]
-    return make_store(shapes, items)
+    yield from lab.held_open(make_store(shapes, items))
 
 
 def test_top1_by_hand(small: Store) -> None:
@@ -275,29 +267,8 @@ def test_sums_bounds_and_names(
     assert (strength["mutual_information"] <= strength["next_entropy"] + 1e-12).all()
 
 
-@pytest.fixture(scope="module")
-def planted(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
-    """The planted routing as a run."""
-    planted = plant_routing(tokens_per_prompt=12)
-    shapes = [lab.Shape(layer=layer, num_experts=24, top_k=4) for layer in range(5)]
-    items = []
-    for prompt in np.unique(planted.prompt_ids):
-        rows = np.flatnonzero(planted.prompt_ids == prompt)
-        tokens = [
-            lab.Token(slots={
-                layer: list(zip(planted.expert_ids[row, layer].tolist(),
-                                planted.weights[row, layer].tolist(), strict=True))
-                for layer in range(5)
-            })
-            for row in rows
-        ]  # fmt: skip
-        fields = {"lang": str(planted.langs[rows[0]]), "domain": str(planted.domains[rows[0]])}
-        items.append(lab.Item(tokens=tokens, fields=fields))
-    return make_store(shapes, items)
-
-
-def test_planted_successors_are_found_and_no_others(planted: Store) -> None:
-    frame = expert_transitions(planted, "run", slots="topk").frame
+def test_planted_successors_are_found_and_no_others(planted_store: Store) -> None:
+    frame = expert_transitions(planted_store, "run", slots="topk").frame
     sure = frame[frame["hit_rate"] == 1]
     found = sure[["layer", "next_layer", "expert", "successor"]].to_numpy()
     # Of layer 2 to 3 the planted ones; no layer has another.
@@ -376,8 +347,7 @@ def test_what_cannot_be_answered_is_refused(
 def test_top1_needs_ranks(make_store: Callable[..., Store], lab: SimpleNamespace) -> None:
     shapes = [lab.Shape(layer=layer, num_experts=2, top_k=2) for layer in (0, 3)]
     store = make_store(shapes, [two_layers(lab, [([0, 1], [1, 0])])])
-    with writing(store.path) as con:
-        con.execute("UPDATE routing_arrays SET is_ranked = FALSE")
+    lab.edit(store, "UPDATE routing_arrays SET is_ranked = FALSE")
     assert len(expert_transitions(store, "run", slots="topk").frame) == 4
     with pytest.raises(AnalysisInputError, match="which slots top1 needs"):
         expert_transitions(store, "run")
@@ -392,35 +362,29 @@ def test_the_registry_offers_each_analysis(small: Store) -> None:
         assert table.name == name
 
 
-def test_real_routing_against_the_raw_files(tmp_path: Path) -> None:
-    if not DATA.is_dir():
-        pytest.skip(f"real recorded routing is not here ({DATA})")
-    (tmp_path / "law").mkdir()
+@pytest.mark.xdist_group("real_routing")
+def test_real_routing_against_the_raw_files(real_store: Store) -> None:
+    filters = Filters(layers=(13, 14), fields={"domain": ("law",)})
     used: list[Any] = []
     for number in (13, 14):
-        path = DATA / "law" / f"expert_weights_{number}.txt"
-        shutil.copy(path, tmp_path / "law")
-        lines = path.read_text().splitlines()
+        lines = (DATA / "law" / f"expert_weights_{number}.txt").read_text().splitlines()
         ids, weights = (
             np.concatenate([np.array(line.split("\t\t")[half].split("\t")) for line in lines])
             for half in (0, 1)
         )
         chosen, weight = ids.astype(int).reshape(-1, 6), weights.astype(float).reshape(-1, 6)
         used.append(np.take_along_axis(chosen, np.lexsort((chosen, -weight), axis=1), axis=1))
-    paths, options = [tmp_path / "law"], ImportOptions(model="deepseek-v2-lite")
-    imported = importer("esft").read(paths, options)
-    store_import(assemble(imported, options, digest(paths)), tmp_path / "store.duckdb", "real")
-    store = Store(tmp_path / "store.duckdb")
+    slots: Any
     for slots, kept in (("top1", 1), ("topk", 6)):
         counts = np.zeros((64, 64), dtype=int)
         for i in range(kept):
             for j in range(kept):
                 np.add.at(counts, (used[0][:, i], used[1][:, j]), 1)
-        frame = expert_transitions(store, "real", slots=slots).frame  # type: ignore[arg-type]
+        frame = expert_transitions(real_store, "real", slots=slots, filters=filters).frame
         assert frame["num_pairs"].sum() == 8_327 * kept**2
         assert (frame["num_pairs"] == counts[frame["expert"], frame["successor"]]).all()
-    (row,) = transition_strength(store, "real").frame.to_dict("records")
-    best, base, information = measures(*(slots[:, 0].tolist() for slots in used))
+    (row,) = transition_strength(real_store, "real", filters=filters).frame.to_dict("records")
+    best, base, information = measures(*(experts[:, 0].tolist() for experts in used))
     assert row["best_successor_share"] == pytest.approx(best)
     assert row["base_rate"] == pytest.approx(base)
     assert row["mutual_information"] == pytest.approx(information)

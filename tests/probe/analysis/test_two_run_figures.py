@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +20,11 @@ from moescope.probe.storage.store import Store
 
 
 @pytest.fixture(scope="module")
-def store(make_store: Callable[..., Store], lab: SimpleNamespace, random_items: list[Any]) -> Store:
+def store(
+    make_store: Callable[..., Store], lab: SimpleNamespace, random_items: list[Any]
+) -> Iterator[Store]:
     """A third of the tokens of run `run` go to experts 0 and 1 where those of `base` do not."""
-    shapes = [lab.Shape(layer=layer, num_experts=8, top_k=2) for layer in (1, 2, 4)]
+    shapes = lab.RANDOM_SHAPES
     rng = np.random.default_rng(0)
     items = []
     for item in random_items[:36]:
@@ -34,7 +36,7 @@ def store(make_store: Callable[..., Store], lab: SimpleNamespace, random_items: 
         items.append(replace(item, tokens=tokens))
     made = make_store(shapes, items)
     lab.write_run(made.path, shapes, random_items[:36], run_id="base")
-    return made
+    yield from lab.held_open(made)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,42 +21,38 @@ from moescope.probe.analysis.tokens import label_counts
 from moescope.probe.analysis.tokens.expert_tokens import expert_tokens
 from moescope.probe.analysis.tokens.vocabulary import vocabulary_specialization
 from moescope.probe.errors import AnalysisInputError
-from moescope.probe.storage.locks import writing
 from moescope.probe.storage.store import Store
 
-Ids = Mapping[tuple[int, int], int]
+
+def set_manifest(lab: SimpleNamespace, store: Store, manifest: Mapping[str, Any]) -> None:
+    lab.edit(store, ("UPDATE runs SET manifest = ?", [json.dumps(manifest)]))
 
 
-def give_ids(store: Store, ids: Ids) -> None:
-    """Set the token id of each (prompt, position), and its text."""
-    with writing(store.path) as con:
-        con.execute("CREATE TEMP TABLE given (p INTEGER, q INTEGER, id INTEGER)")
-        con.executemany("INSERT INTO given VALUES (?, ?, ?)", [(*key, i) for key, i in ids.items()])
-        con.execute(
-            "UPDATE tokens SET token_id = id, token = 'w' || id FROM given "
-            "WHERE prompt_id = p AND position = q"
+def items_of(lab: Any, prompts: list[list[tuple[int, list[int]]]]) -> list[Any]:
+    """Prompts as lists of (token id, experts)."""
+    return [
+        lab.Item(
+            tokens=[
+                lab.Token(slots={0: [(e, 1 / len(experts)) for e in experts]}, token_id=i)
+                for i, experts in prompt
+            ]
         )
-
-
-def set_manifest(store: Store, manifest: Mapping[str, Any]) -> None:
-    with writing(store.path) as con:
-        con.execute("UPDATE runs SET manifest = ?", [json.dumps(manifest)])
+        for prompt in prompts
+    ]
 
 
 def store_of(make_store: Any, lab: Any, prompts: list[list[tuple[int, list[int]]]]) -> Store:
     """Prompts as lists of (token id, experts); 4 experts at layer 0."""
-    items = [lab.Item(tokens=lab.tokens_of([experts for _, experts in p])) for p in prompts]
-    width = max(len(experts) for p in prompts for _, experts in p)
-    store = make_store([lab.Shape(layer=0, num_experts=4, top_k=width)], items)
-    give_ids(store, {(p, q): i for p, one in enumerate(prompts) for q, (i, _) in enumerate(one)})
-    return store
+    width = max(len(experts) for prompt in prompts for _, experts in prompt)
+    shapes = [lab.Shape(layer=0, num_experts=4, top_k=width)]
+    return make_store(shapes, items_of(lab, prompts))  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
-def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Store:
+def small(make_store: Callable[..., Store], lab: SimpleNamespace) -> Iterator[Store]:
     """Id 7: experts 0 0 1; id 8: 2 2; id 9: 1 once. Token after the first: 7 9; after 8: 8."""
-    return store_of(
-        make_store, lab, [[(7, [0]), (7, [0]), (9, [1])], [(8, [2]), (8, [2]), (7, [1])]]
+    yield from lab.held_open(
+        store_of(make_store, lab, [[(7, [0]), (7, [0]), (9, [1])], [(8, [2]), (8, [2]), (7, [1])]])
     )
 
 
@@ -99,18 +96,24 @@ def test_ids_that_are_never_frequent_leave_that_reading_missing(small: Store) ->
 @pytest.fixture(scope="module")
 def random_ids(
     make_store: Callable[..., Store], lab: SimpleNamespace, random_items: list[Any]
-) -> Store:
+) -> Iterator[Store]:
     """The random items with ids of very different frequency, and a manifest of greedy answers."""
     rng = np.random.default_rng(5)
-    shapes = [lab.Shape(layer=layer, num_experts=8, top_k=2) for layer in (1, 2, 4)]
-    store = make_store(shapes, random_items)
-    lengths = [len(item.tokens) for item in random_items]
-    give_ids(store, {(p, q): int(40 * rng.random() ** 3)
-                     for p, length in enumerate(lengths) for q in range(length)})  # fmt: skip
+    items = []
+    for item in random_items:
+        ids = [int(40 * rng.random() ** 3) for _ in item.tokens]
+        tokens = [
+            replace(token, token_id=i, text=f"w{i}")
+            for token, i in zip(item.tokens, ids, strict=True)
+        ]
+        items.append(replace(item, tokens=tokens))
+    store = make_store(lab.RANDOM_SHAPES, items)
     set_manifest(
-        store, {"arguments": {"max_new_tokens": 8, "sampling": {"do_sample": False, "seed": 0}}}
+        lab,
+        store,
+        {"arguments": {"max_new_tokens": 8, "sampling": {"do_sample": False, "seed": 0}}},
     )
-    return store
+    yield from lab.held_open(store)
 
 
 FILTERS = [Filters(), Filters(content_only=False), Filters(tokens="generated", layers=(2,))]
@@ -217,18 +220,20 @@ def test_unrelated_ids_are_at_chance_and_planted_ones_above(
 ) -> None:
     rng = np.random.default_rng(2)
     chosen = [[(int(i), [int(i) % 4]) for i in rng.integers(0, 30, 40)] for _ in range(20)]
-    planted = store_of(make_store, lab, chosen)
-    row = vocabulary_specialization(planted, "run", shuffles=5).frame.iloc[0]
+    unrelated = [[(int(rng.integers(0, 30)), experts) for _, experts in p] for p in chosen]
+    store = store_of(make_store, lab, chosen)
+    shapes = [lab.Shape(layer=0, num_experts=4, top_k=1)]
+    lab.write_run(store.path, shapes, items_of(lab, unrelated), run_id="unrelated")
+    row = vocabulary_specialization(store, "run", shuffles=5).frame.iloc[0]
     for name in ("mean_all", "mean_min_count", "weighted"):
         assert row[name] == 1
         assert 0.25 < row[f"{name}_chance"] < 0.6
-    give_ids(planted, {(p, q): int(rng.integers(0, 30)) for p in range(20) for q in range(40)})
-    row = vocabulary_specialization(planted, "run", shuffles=5).frame.iloc[0]
+    row = vocabulary_specialization(store, "unrelated", shuffles=5).frame.iloc[0]
     for name in ("mean_all", "mean_min_count", "weighted"):
         assert row[name] == pytest.approx(row[f"{name}_chance"], abs=0.03)
 
 
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(data=st.data())
 def test_names_of_ids_and_experts_do_not_matter(
     make_store: Callable[..., Store], lab: SimpleNamespace, data: st.DataObject
@@ -238,11 +243,12 @@ def test_names_of_ids_and_experts_do_not_matter(
     ids, experts = (data.draw(st.permutations(range(n))) for n in (6, 4))
     renamed = [[(ids[i] * 7, [experts[e] for e in used]) for i, used in p] for p in prompts]
     names = ["mean_all", "mean_min_count", "weighted", "num_ids", "num_frequent"]
+    store = store_of(make_store, lab, prompts)
+    shapes = [lab.Shape(layer=0, num_experts=4, top_k=2)]
+    lab.write_run(store.path, shapes, items_of(lab, renamed), run_id="renamed")
     one, other = (
-        vocabulary_specialization(
-            store_of(make_store, lab, made), "run", slots="topk", min_count=2
-        ).frame[names]
-        for made in (prompts, renamed)
+        vocabulary_specialization(store, run_id, slots="topk", min_count=2).frame[names]
+        for run_id in ("run", "renamed")
     )
     np.testing.assert_allclose(one.to_numpy(float), other.to_numpy(float))
 
@@ -325,9 +331,8 @@ def test_tokens_that_passed_no_router_do_not_count(
     """The second layer routes half of the tokens, with one slot or two."""
     shapes = [lab.Shape(layer=layer, num_experts=4, top_k=2) for layer in (0, 1)]
     slots = [[(1, 0.5), (2, 0.5)], [], [(1, 1.0)], []]
-    tokens = [lab.Token(slots={0: [(0, 0.5), (3, 0.5)], 1: used}) for used in slots]
+    tokens = [lab.Token(slots={0: [(0, 0.5), (3, 0.5)], 1: used}, token_id=5) for used in slots]
     store = make_store(shapes, [lab.Item(tokens=tokens), lab.Item(tokens=tokens)])
-    give_ids(store, {(p, q): 5 for p in range(2) for q in range(4)})
     frame = vocabulary_specialization(store, "run", slots="topk").frame.set_index("layer")
     assert frame["num_tokens"].tolist() == [8, 4]
     assert frame["weighted"].tolist() == [1, 1]
@@ -366,14 +371,14 @@ def test_predictions_need_greedy_answers(
     tokens = lab.tokens_of([[0], [1]]) + lab.tokens_of([[2], [3]], phase="generated")
     store = make_store([lab.Shape(layer=0, num_experts=4, top_k=1)], [lab.Item(tokens=tokens)])
     greedy = {"max_new_tokens": 2, "sampling": {"do_sample": False}}
-    set_manifest(store, {"arguments": greedy})
+    set_manifest(lab, store, {"arguments": greedy})
     table = vocabulary_specialization(store, "run", label="predicted")
     assert table.frame["num_tokens"].tolist() == [2]  # the last prompt token and a generated one
     for changed, reason in (
         ({"sampling": {"do_sample": True}}, "drew its answers at random"),
         ({"max_new_tokens": 0}, "generated no answers"),
     ):
-        set_manifest(store, {"arguments": greedy | changed})
+        set_manifest(lab, store, {"arguments": greedy | changed})
         with pytest.raises(AnalysisInputError, match=reason):
             vocabulary_specialization(store, "run", label="predicted")
 
@@ -386,13 +391,9 @@ def test_routers_are_read_in_portions_that_fit(
     assert vocabulary_specialization(random_ids, "run", slots="topk").frame.equals(whole)
 
 
-def test_top1_needs_ranks(random_ids: Store) -> None:
-    with writing(random_ids.path) as con:
-        con.execute("UPDATE routing_arrays SET is_ranked = false")
-    try:
-        with pytest.raises(AnalysisInputError, match="which slots top1 needs"):
-            vocabulary_specialization(random_ids, "run")
-        assert len(vocabulary_specialization(random_ids, "run", slots="topk").frame) == 3
-    finally:
-        with writing(random_ids.path) as con:
-            con.execute("UPDATE routing_arrays SET is_ranked = true")
+def test_top1_needs_ranks(make_store: Callable[..., Store], lab: SimpleNamespace) -> None:
+    store = store_of(make_store, lab, [[(1, [0, 1]), (2, [3, 1])]])
+    lab.edit(store, "UPDATE routing_arrays SET is_ranked = false")
+    with pytest.raises(AnalysisInputError, match="which slots top1 needs"):
+        vocabulary_specialization(store, "run")
+    assert len(vocabulary_specialization(store, "run", slots="topk").frame) == 1
