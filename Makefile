@@ -32,7 +32,7 @@ demo: setup ## trace, analyse and steer the demo model, then open the dashboard 
 	$(BIN)/moescope demo --store $(STORE) $(if $(CHECK),--check,--port $(PORT))
 
 test: setup ## all tests but the long ones
-	$(BIN)/python -m pytest -m "not soak and not families" -n $(WORKERS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -m "not soak and not families" -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-families: setup ## recording and steering of every model family on tiny models
 	$(BIN)/python -m pytest -m "families and not soak" -n $(WORKERS) $(ARGS)

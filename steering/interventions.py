@@ -302,11 +302,11 @@ class TopK(RouterIntervention):
 
 
 class TopP(RouterIntervention):
-    """As few experts per token as reach a probability (arXiv 2403.07652).
+    """As few experts per token as exceed a probability (arXiv 2403.07652).
 
     Attributes:
         value: that probability, over 0 and at most 1; the best experts are taken until theirs add
-            up to it.
+            up to more.
     """
 
     action: Literal["top_p"]

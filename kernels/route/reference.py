@@ -324,7 +324,7 @@ def _counts(
     if edits.top_p is not None and probable_TE is not None:
         p_T = torch.as_tensor(edits.top_p, dtype=torch.float32, device=choice_TE.device)
         p_T = p_T.expand(num_tokens)
-        reached_T = _reaching(p_T, choice_TE, probable_TE, edits)
+        reached_T = _exceeding(p_T, choice_TE, probable_TE, edits)
         if edits.top_p_limit is not None:
             reached_T = reached_T.clamp(max=edits.top_p_limit)
         count_T = torch.where(p_T.isnan(), count_T, reached_T)
@@ -334,10 +334,13 @@ def _counts(
     return count_T, width
 
 
-def _reaching(p_T: Tensor, choice_TE: Tensor, probable_TE: Tensor, edits: Edits) -> Tensor:
-    """The fewest experts, in rank order, whose probabilities reach p, int64[T]."""
+def _exceeding(p_T: Tensor, choice_TE: Tensor, probable_TE: Tensor, edits: Edits) -> Tensor:
+    """The fewest experts, in rank order, whose probabilities together exceed p, int64[T].
+
+    All where no sum does (Huang et al., arXiv 2403.07652).
+    """
     reached_TE = probable_TE.gather(1, _ranked(choice_TE)).cumsum(dim=-1)
-    count_T = (reached_TE < p_T[:, None]).sum(dim=-1) + 1
+    count_T = (reached_TE <= p_T[:, None]).sum(dim=-1) + 1
     if edits.forced is not None:
         count_T = torch.maximum(count_T, edits.forced.sum(dim=-1))
     return torch.minimum(count_T, (choice_TE > -torch.inf).sum(dim=-1))

@@ -481,6 +481,9 @@ def test_runs_without_common_prompts_are_not_compared(
     app = open_app(recorded_store, "analyses", analysis="saturation")
     assert app.selectbox(key="analyses_saturation_against").options == ["counts", "plain"]
     press(app, "Answer")
+    assert "run 'counts' holds usage but no routing per token" in app.error[0].value
+    app.selectbox(key="analyses_saturation_against").select("plain").run()
+    press(app, "Answer")
     assert "none of these prompts in common" in app.error[0].value
 
 

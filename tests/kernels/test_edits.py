@@ -417,9 +417,18 @@ def test_another_number_of_experts_takes_the_same_ones_first(
     torch.testing.assert_close(dense(*by_token), dense(weights, more), rtol=1e-5, atol=1e-6)
 
 
+def test_top_p_goes_on_where_a_sum_is_p_itself() -> None:
+    rule = RoutingRule(num_experts=4, top_k=2, renormalize=False, score="probabilities")
+    scores = torch.tensor([[0.5, 0.25, 0.125, 0.125]])
+    weights, ids = select(scores, rule, edits=Edits(top_p=0.5))
+    assert ids[0][weights[0] > 0].tolist() == [0, 1]
+    weights, ids = select(scores, rule, edits=Edits(top_p=0.49))
+    assert ids[0][weights[0] > 0].tolist() == [0]
+
+
 @given(rule=rules(), seed=seeds, share=st.floats(0.01, 1))
 @few
-def test_top_p_takes_the_fewest_experts_that_reach_it(
+def test_top_p_takes_the_fewest_experts_that_exceed_it(
     rule: RoutingRule, seed: int, share: float
 ) -> None:
     assume(rule.weights != "sigmoid_topk")  # distant sigmoids can be 0 in float32
