@@ -79,8 +79,7 @@ def _ask(run: state.ShownRun, analysis: Analysis) -> tuple[dict[str, str | Seque
     if layers.strip():
         from moescope.probe.analysis.filters import parse_layers
 
-        with layout.errors_as_sentences():
-            given["layers"] = parse_layers(layers)
+        given["layers"] = parse_layers(layers)
     return typed, choices.make_filters(**given)
 
 

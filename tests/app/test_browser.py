@@ -17,7 +17,7 @@ import pytest
 from moescope.app.server import running
 from moescope.probe.storage.store import Store
 
-pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
+pytestmark = pytest.mark.browser
 
 CHROMIUM = os.environ.get("MOESCOPE_CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
 ARGUMENTS = [

@@ -13,8 +13,6 @@ import pytest
 
 from moescope.probe.storage.store import Store
 
-pytestmark = pytest.mark.xdist_group("session")
-
 MOESCOPE = str(Path(sys.executable).with_name("moescope"))
 
 

@@ -487,6 +487,15 @@ def test_runs_without_common_prompts_are_not_compared(
     assert "none of these prompts in common" in app.error[0].value
 
 
+def test_layers_that_cannot_be_read_are_not_answered_for_all(
+    open_app: OpenApp, recorded_store: Path
+) -> None:
+    app = open_app(recorded_store, "analyses", analysis="load")
+    app.text_input(key="analyses_layers").set_value("first").run()
+    assert "layers 'first' cannot be read" in app.error[0].value
+    assert not app.button or all(button.label != "Answer" for button in app.button)
+
+
 def test_groups_of_a_contrast_are_typed_on_the_page(
     open_app: OpenApp, recorded_store: Path
 ) -> None:

@@ -25,7 +25,6 @@ ray = pytest.importorskip("ray", reason="NO RAY TEST RAN: pip install 'moescope[
 
 from moescope.probe.ray_engine import ModelSource, RayEngine, RayOptions  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("ray")
 OPTIONS = TraceOptions(max_new_tokens=8, tokens_per_batch=128)
 TIE = 1e-5
 IN_FULL = pytest.mark.skipif(

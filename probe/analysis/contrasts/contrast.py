@@ -63,8 +63,8 @@ def expert_contrast(
     q: float = 0.05,
     bootstrap: int = 1_000,
     permutations: int | None = None,
-    mass: float = 0.2,
-    stability: float = 0.8,
+    mass: float | None = None,
+    stability: float | None = None,
     markers: Sequence[str] | Mapping[str, float] = (),
     seed: int = 0,
 ) -> AnalysisTable:
@@ -92,8 +92,8 @@ def expert_contrast(
         permutations: of the labels; at least, and by default, 20 * candidates / q (without a
             split 2,000, at least 20 / q).
         seed: of halves, permutations and bootstrap.
-        mass: esft: the share of a router's score that its chosen experts reach.
-        stability: safex: the share of resamples in which a chosen expert is among the highest.
+        mass: esft: the share of a router's score that its chosen experts reach; 0.2.
+        stability: safex: the share of resamples in which a chosen expert is among the highest; 0.8.
         markers: npmi: tokens, each with a coefficient.
 
     Raises:

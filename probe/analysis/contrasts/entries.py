@@ -69,14 +69,14 @@ CONTRAST = Analysis(
         Parameter(
             name="mass",
             type="number",
-            default=0.2,
-            help="esft: share of a router's score that its chosen experts reach",
+            default=None,
+            help="esft: share of a router's score that its chosen experts reach; else 0.2",
         ),
         Parameter(
             name="stability",
             type="number",
-            default=0.8,
-            help="safex: share of resamples in which a chosen expert is among the highest",
+            default=None,
+            help="safex: share of resamples that choose an expert; else 0.8",
         ),
         Parameter(
             name="markers",

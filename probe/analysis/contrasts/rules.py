@@ -107,7 +107,7 @@ def make_rule(
         if name == "esft_token":
             scale_X = np.repeat(sums_X, experts)
         chance_X = mean_X / scale_X
-        if name.startswith("esft"):
+        if settings.mass is not None:
             rank = _cumulative(firsts, scale_X, settings.mass)
     return Rule(
         class_names=class_names,
@@ -132,11 +132,13 @@ def _stable(
     effect: Score, settings: ContrastSettings
 ) -> Callable[[Cells, np.random.Generator], Ranking]:
     """Rank by how often resamples put an expert among the n highest."""
+    least = settings.stability
+    assert least is not None  # every SAFEx has one
 
     def rank(cells: Cells, rng: np.random.Generator) -> Ranking:
         kept_X = stability(cells, effect, settings.candidates, settings.bootstrap, rng)
         order = np.lexsort((-cells.scored(effect), -kept_X))[: settings.candidates]
-        return kept_X, order[kept_X[order] >= settings.stability]
+        return kept_X, order[kept_X[order] >= least]
 
     return rank
 

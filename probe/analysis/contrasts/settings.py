@@ -16,6 +16,10 @@ PERMUTATIONS_PER_LEVEL: Final = 20
 # Max-T needs no resolution for single candidates; this many give p in steps of 0.0005.
 MAX_T_PERMUTATIONS: Final = 2_000
 
+# Of ESFT's token score in its README; of SAFEx "most" resamples, made a number by us.
+ESFT_MASS: Final = 0.2
+SAFEX_STABILITY: Final = 0.8
+
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastSettings:
@@ -30,8 +34,8 @@ class ContrastSettings:
     bootstrap: int
     permutations: int
     seed: int
-    mass: float
-    stability: float
+    mass: float | None
+    stability: float | None
     markers: Mapping[str, float]
 
 
@@ -46,8 +50,8 @@ def check_settings(
     bootstrap: int = 1_000,
     permutations: int | None = None,
     seed: int = 0,
-    mass: float = 0.2,
-    stability: float = 0.8,
+    mass: float | None = None,
+    stability: float | None = None,
     markers: Sequence[str] | Mapping[str, float] = (),
 ) -> ContrastSettings:
     """Check the parameters and fill in what the method decides.
@@ -61,9 +65,15 @@ def check_settings(
     for name, number in (("candidates", candidates), ("bootstrap", bootstrap)):
         if number < 1:
             raise AnalysisInputError(f"{name} is {number}; it is a whole number from 1")
+    mass = _own(chosen, "esft", "mass", mass, ESFT_MASS)
+    stability = _own(chosen, "safex", "stability", stability, SAFEX_STABILITY)
     for name, share in (("q", q), ("mass", mass), ("stability", stability)):
-        if not 0 < share < 1:
+        if share is not None and not 0 < share < 1:
             raise AnalysisInputError(f"{name} is {share}; it lies between 0 and 1")
+    if chosen.groups == "one" and method != "npmi" and not split:
+        raise AnalysisInputError(
+            f"method {method} describes one group on all its units anyway; leave out --no-split"
+        )
     coefficients = dict(markers) if isinstance(markers, Mapping) else parse_markers(markers)
     if (method == "npmi") != bool(coefficients):
         raise AnalysisInputError(
@@ -108,6 +118,19 @@ def parse_markers(texts: Sequence[str]) -> dict[str, float]:
     if markers and not any(value > 0 for value in markers.values()):
         raise AnalysisInputError("no marker has a positive coefficient; give at least one")
     return markers
+
+
+def _own(
+    method: Method, family: str, name: str, given: float | None, default: float
+) -> float | None:
+    """A setting that only one family of methods has; None for the others."""
+    if method.name.startswith(family):
+        return default if given is None else given
+    if given is not None:
+        raise AnalysisInputError(
+            f"{name} is a setting of {family} and means nothing to method {method.name}"
+        )
+    return None
 
 
 def _of_method(method: Method, name: str, given: str | None, offered: Sequence[Any]) -> Any:

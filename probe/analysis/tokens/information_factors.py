@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from moescope.probe.analysis.intervals import jackknife_groups
 from moescope.probe.analysis.selection import IntArray, known_fields
+from moescope.probe.analysis.token_fields import position_buckets
 from moescope.probe.analysis.token_slots import Tokens
 from moescope.probe.analysis.tokens.information_terms import LabelGroups, group_labels
 from moescope.probe.analysis.tokens.label_counts import Arrangement, BoolArray, arrange, compact
@@ -71,8 +72,7 @@ def named_factors(store: Store, run_id: str, factor: str | Sequence[str] | None)
 def token_values(name: str, tokens: Tokens) -> IntArray:
     """The value of a factor of tokens as a number, -1 where there is none, [T]."""
     if name == "position":
-        # 0, 1, 2-3, 4-7, ...: the exponent that frexp gives counts the binary digits.
-        return np.frexp(tokens.positions)[1].astype(np.int64)
+        return position_buckets(tokens.positions)
     column = tokens.columns[TOKEN_FACTORS[name] or name]
     if name in ("phase", "segment"):
         return pd.factorize(column, sort=True)[0].astype(np.int64)

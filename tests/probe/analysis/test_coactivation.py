@@ -338,7 +338,6 @@ def test_the_registry_offers_each_analysis(small: Store) -> None:
         assert table.context.parameters["unit"] == "lang"
 
 
-@pytest.mark.xdist_group("real_routing")
 def test_real_routing_against_the_raw_files(real_store: Store) -> None:
     filters = Filters(layers=(13,), fields={"domain": ("law",)})
     frame = expert_coactivation(real_store, "real", filters=filters).frame

@@ -316,6 +316,9 @@ def test_ties_go_to_the_lowest_expert_and_undefined_scores_nowhere() -> None:
         ({"method": "esft_token"}, "esft_token describes one group"),
         ({"method": "esft_token", "b": None, "mass": 0.0}, "mass is 0.0"),
         ({"method": "safex", "stability": 1.0}, "stability is 1.0"),
+        ({"mass": 0.5}, "mass is a setting of esft and means nothing to method risk_difference"),
+        ({"method": "ftri", "b": None, "stability": 0.5}, "stability is a setting of safex"),
+        ({"method": "seuf", "b": None, "split": False}, "on all its units anyway"),
         ({"b": None}, "risk_difference compares two groups; give b too"),
         ({"a": None}, "group a has no condition"),
         ({"method": "npmi", "b": None}, "needs at least one marker"),
@@ -347,7 +350,6 @@ def test_every_method_says_where_it_comes_from() -> None:
         assert (how.average, how.measure) == (method.averages[0], method.measures[0])
 
 
-@pytest.mark.xdist_group("real_routing")
 @pytest.mark.parametrize("task", ["law", "summary"])
 def test_selections_of_esft_are_those_published(real_store: Store, task: str) -> None:
     published = json.loads((DATA / task / "expert_config.json").read_text())["experts"]

@@ -22,8 +22,6 @@ from moescope.probe.analysis import (
 )
 from moescope.probe.storage.store import Store
 
-pytestmark = pytest.mark.xdist_group("real_routing")
-
 LAW, SUMMARY = {"domain": ["law"]}, {"domain": ["summary"]}
 DATA = Path(__file__).resolve().parents[4] / "shared/data/deepseek_v2_lite_routing"
 

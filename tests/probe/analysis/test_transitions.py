@@ -362,7 +362,6 @@ def test_the_registry_offers_each_analysis(small: Store) -> None:
         assert table.name == name
 
 
-@pytest.mark.xdist_group("real_routing")
 def test_real_routing_against_the_raw_files(real_store: Store) -> None:
     filters = Filters(layers=(13, 14), fields={"domain": ("law",)})
     used: list[Any] = []
