@@ -3,7 +3,7 @@
 Refused: a layer or an expert that is not there, a router whose rule is not verified, a number of
 experts that a family cannot take, and for any kind of token an expert in two opposite or
 differently set actions, two numbers of experts, anything beside a replay, more than k experts
-forced, or fewer than k left.
+forced, or fewer than k left (but by masks that fill up).
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ def _check_moment(
     for _, one in here:
         if isinstance(one, Force):
             forced.update(one.experts)
-        if isinstance(one, Mask) and one.mode == "replace":
+        if isinstance(one, Mask) and one.mode == "replace" and not one.fill_up:
             masked.update(one.experts)
     per_token = next((one.value for _, one in here if isinstance(one, TopK)), found.top_k)
     if any(isinstance(one, TopP) for _, one in here):

@@ -156,6 +156,30 @@ def bottom_control(
     )
 
 
+def known_bottom_control(plan: SteeringPlan, layers: Sequence[RoutedLayer]) -> SteeringPlan | None:
+    """The bottom control that the plan's own provenance names, or None.
+
+    It is put there by `moescope.steering.standard_controls.with_bottom`.
+
+    Raises:
+        PlanError: what stands there does not fit the layers.
+    """
+    kept = plan.provenance.get("bottom")
+    if not isinstance(kept, Mapping) or not kept.get("interventions"):
+        return None
+    control = SteeringPlan(
+        name=f"bottom control of {plan.title}",
+        model=plan.model,
+        provenance={
+            "control": "bottom", "draws": False, "of": plan.plan_id,
+            "ranked_by": kept.get("ranked_by"),
+        },
+        interventions=kept["interventions"],
+    )  # fmt: skip
+    check_shape(control, layers)
+    return control
+
+
 @dataclass(frozen=True)
 class _Exchanged:
     """A plan with other experts."""

@@ -1,32 +1,70 @@
 """Answers by another way of decoding beside the model's own, for the same prompts.
 
-    compare_decoding(bundle, prompts, lambda _: contrasting(bundle.model), name="self-contrast")
+    controls, _ = contrast_controls(bundle.model, SelfContrast(), number=2)
+    compare_decoding(bundle, prompts, lambda _: contrasting(bundle.model), name="self-contrast",
+                     controls=controls)
 
 Outcomes are judged on the answers; each rate has a Wilson interval over prompts, each change is
-paired, with a bootstrap interval over units (`pair_id`, else the prompt).
+paired, with a bootstrap interval over units (`pair_id`, else the prompt). A method whose effect any
+other routing has too has shown nothing, so controls (`moescope.steering.decoding_controls`) stand
+beside it as further conditions.
 """
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from random import Random
-from typing import Any, Final
+from typing import Any, TypeAlias
 
 import pandas as pd
 
 from moescope.probe.errors import InputError
 from moescope.probe.generation import GREEDY, Answer, Sampling, generate_answers
 from moescope.probe.models import ModelBundle
-from moescope.probe.outcomes import OUTCOMES, Judgement
+from moescope.probe.outcomes import DETECTOR, OUTCOMES, Judgement
 from moescope.probe.prompts import Prompt
 from moescope.probe.rendering import ChatTemplate, render_prompt
 from moescope.probe.routers import RouterSite
+from moescope.steering.evaluation import STEERED, UNSTEERED
 from moescope.steering.generate import Asker, Progress, judged, proved_sites
 from moescope.steering.rates import Measured, mean_over_units, measured_frame, rate
 
-OWN: Final = "own"
+#: Given the model's proved routers, the block in which `generate` decodes otherwise.
+Decoding: TypeAlias = Callable[[Sequence[RouterSite]], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingControl:
+    """The method with something arbitrary in place of what it chooses.
+
+    Attributes:
+        name: `KIND:SEED`; its condition is `control:KIND:SEED`.
+        decoding: the block in which `generate` decodes so.
+        settings: what it is run with.
+    """
+
+    name: str
+    decoding: Decoding
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedCondition:
+    """What the model wrote in one condition.
+
+    Attributes:
+        name: `unsteered`, `steered` (by the method), or `control:KIND:SEED`.
+        settings: what the method, or its control, was run with; sampling and seed included.
+        answered: answers and outcomes, one per prompt.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    answered: tuple[tuple[Answer, Judgement], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,57 +72,89 @@ class DecodingComparison:
     """Answers side by side.
 
     Attributes:
+        evaluation_id: of this comparison, new each time.
+        created_at: when it was made.
         name: of the method.
-        settings: what it was run with, sampling and seed included.
         prompts: what was asked.
-        own: what the model wrote by itself.
-        other: what it wrote by the method.
-        frame: condition (`own`, or the name), group, metric (an outcome, or `OUTCOME_change`),
-            value, low, high, n.
+        conditions: unsteered, steered, then the controls.
+        context: model, revision, set names, detector, unit.
+        notes: what to know of the controls.
+        frame: condition, group, metric (an outcome, or `OUTCOME_change` against unsteered), value,
+            low, high, n.
     """
 
+    evaluation_id: str
+    created_at: datetime
     name: str
-    settings: Mapping[str, Any]
     prompts: tuple[Prompt, ...]
-    own: tuple[tuple[Answer, Judgement], ...]
-    other: tuple[tuple[Answer, Judgement], ...]
+    conditions: tuple[DecodedCondition, ...]
+    context: Mapping[str, Any]
+    notes: tuple[str, ...]
     frame: pd.DataFrame = field(repr=False)
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What the method was run with, sampling and seed included."""
+        return self.conditions[1].settings
+
+    def answers(self, condition: str) -> tuple[tuple[Answer, Judgement], ...]:
+        """Answers and outcomes of one condition, one per prompt; KeyError where there is none."""
+        return {one.name: one.answered for one in self.conditions}[condition]
+
     def lines(self) -> list[str]:
-        """Both conditions' outcomes, and how many answers differ."""
-        width = max(len(self.name), 10)
+        """Every condition's outcomes, their changes, and how many answers differ."""
+        names = [one.name for one in self.conditions]
+        words = {name: self._words(name) for name in names}
+        width = max(20, *(len(f"change, {word}") + 2 for word in words.values()))
         head = f"{len(self.prompts)} prompts"
         lines = [f"{head:<{width}}" + "".join(f"{outcome:>22}" for outcome in OUTCOMES)]
-        for condition in (OWN, self.name):
-            cells = [self._cell(condition, outcome) for outcome in OUTCOMES]
-            lines.append(f"{condition:<{width}}" + "".join(f"{cell:>22}" for cell in cells))
-        cells = [self._cell(self.name, f"{outcome}_change") for outcome in OUTCOMES]
-        lines.append(f"{'change':<{width}}" + "".join(f"{cell:>22}" for cell in cells))
-        pairs = zip(self.own, self.other, strict=True)
-        changed = sum(one[0].token_ids != two[0].token_ids for one, two in pairs)
-        return [*lines, f"{changed} of {len(self.prompts)} answers differ"]
+        for name in names:
+            cells = [self._cell(name, outcome) for outcome in OUTCOMES]
+            lines.append(f"{words[name]:<{width}}" + "".join(f"{cell:>22}" for cell in cells))
+        for name in names[1:]:
+            cells = [self._cell(name, f"{outcome}_change") for outcome in OUTCOMES]
+            title = f"change, {words[name]}"
+            lines.append(f"{title:<{width}}" + "".join(f"{cell:>22}" for cell in cells))
+        differing = [f"{words[name]} {self._num_differing(name)}" for name in names[1:]]
+        total = len(self.prompts)
+        return [*lines, f"answers of {total} that differ: {', '.join(differing)}", *self.notes]
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain data."""
         return {
+            "evaluation_id": self.evaluation_id,
             "method": self.name,
+            "context": dict(self.context),
             "settings": dict(self.settings),
+            "controls": {one.name: dict(one.settings) for one in self.conditions[2:]},
+            "notes": list(self.notes),
             "rows": [
                 {key: None if pd.isna(value) else value for key, value in row.items()}
                 for row in self.frame.to_dict("records")
             ],
-            "answers": [
-                {
-                    "prompt_id": prompt.prompt_id, "key": prompt.key, "prompt": prompt.text,
-                    "expected": prompt.expected,
-                    "own": own.text, "own_outcome": before.outcome,
-                    "other": other.text, "other_outcome": after.outcome,
-                }
-                for prompt, (own, before), (other, after) in zip(
-                    self.prompts, self.own, self.other, strict=True
-                )
-            ],
+            "answers": [self._record(at) for at in range(len(self.prompts))],
+        }
+
+    def _record(self, at: int) -> dict[str, Any]:
+        prompt = self.prompts[at]
+        (own, before), (other, after) = (one.answered[at] for one in self.conditions[:2])
+        return {
+            "prompt_id": prompt.prompt_id, "key": prompt.key, "prompt": prompt.text,
+            "expected": prompt.expected,
+            UNSTEERED: own.text, f"{UNSTEERED}_outcome": before.outcome,
+            STEERED: other.text, f"{STEERED}_outcome": after.outcome,
+            "controls": {
+                one.name: {"text": one.answered[at][0].text, "outcome": one.answered[at][1].outcome}
+                for one in self.conditions[2:]
+            },
         }  # fmt: skip
+
+    def _words(self, condition: str) -> str:
+        return self.name if condition == STEERED else condition.removeprefix("control:")
+
+    def _num_differing(self, condition: str) -> int:
+        pairs = zip(self.answers(UNSTEERED), self.answers(condition), strict=True)
+        return sum(one[0].token_ids != two[0].token_ids for one, two in pairs)
 
     def _cell(self, condition: str, metric: str) -> str:
         found = self.frame[
@@ -99,10 +169,12 @@ class DecodingComparison:
 def compare_decoding(
     bundle: ModelBundle,
     prompts: Sequence[Prompt],
-    decoding: Callable[[Sequence[RouterSite]], AbstractContextManager[Any]],
+    decoding: Decoding,
     *,
     name: str,
     settings: Mapping[str, Any] | None = None,
+    controls: Sequence[DecodingControl] = (),
+    notes: Sequence[str] = (),
     max_new_tokens: int = 32,
     tokens_per_batch: int = 4096,
     sampling: Sampling = GREEDY,
@@ -111,7 +183,7 @@ def compare_decoding(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> DecodingComparison:
-    """Answer prompts by the model's own decoding and by another, in the same batches.
+    """Answer prompts by the model's own decoding, by another and by its controls, in one batching.
 
     Args:
         bundle: model and tokenizer.
@@ -119,9 +191,11 @@ def compare_decoding(
         decoding: given the model's proved routers, the block in which `generate` decodes otherwise.
         name: of the method.
         settings: of the method, kept with the result.
+        controls: further conditions; see `moescope.steering.decoding_controls`.
+        notes: what to know of them, kept with the result.
         max_new_tokens: answers are cut here.
         tokens_per_batch: padded tokens a batch may hold, answers included.
-        sampling: the same seeds for both.
+        sampling: the same seeds for all conditions.
         chat_template: whether prompts are rendered through the tokenizer's template.
         system: a system message.
         seed: of the bootstrap.
@@ -137,23 +211,39 @@ def compare_decoding(
     sites = proved_sites(bundle, rendered)
     asker = Asker(
         bundle, rendered, sites, max_new_tokens=max_new_tokens, tokens_per_batch=tokens_per_batch,
-        sampling=sampling, num_rounds=2, progress=progress,
+        sampling=sampling, num_rounds=2 + len(controls), progress=progress,
     )  # fmt: skip
-    with decoding(sites):  # first, so that what does not fit stops before the long work
-        other, _ = asker.ask(None)
-    own, _ = asker.ask(None)
-    answered = [
-        tuple((answer, judged(prompt, answer)) for prompt, answer in zip(prompts, one, strict=True))
-        for one in (own, other)
-    ]
+    shared = {"max_new_tokens": max_new_tokens, "sampling": asdict(sampling), "seed": seed}
+
+    def answer(condition: str, block: Decoding | None, own: Mapping[str, Any]) -> DecodedCondition:
+        if block is None:
+            answers, _ = asker.ask(None)
+        else:
+            with block(sites):
+                answers, _ = asker.ask(None)
+        answered = zip(answers, map(judged, prompts, answers), strict=True)
+        return DecodedCondition(
+            name=condition, settings={**own, **shared}, answered=tuple(answered)
+        )
+
+    # The method first, so that what does not fit stops before the long work.
+    steered = answer(STEERED, decoding, settings or {})
+    unsteered = answer(UNSTEERED, None, {})
+    others = [answer(f"control:{one.name}", one.decoding, one.settings) for one in controls]
+    conditions = (unsteered, steered, *others)
     return DecodingComparison(
+        evaluation_id=uuid.uuid4().hex,
+        created_at=datetime.now(UTC),
         name=name,
-        settings={
-            **(settings or {}), "max_new_tokens": max_new_tokens, "sampling": asdict(sampling),
-            "seed": seed,
+        prompts=tuple(prompts),
+        conditions=conditions,
+        context={
+            "model": bundle.name, "revision": bundle.revision,
+            "set_name": "+".join(sorted({prompt.set_name for prompt in prompts})),
+            "num_prompts": len(prompts), "method": name, "detector": DETECTOR, "unit": "pair_id",
         },
-        prompts=tuple(prompts), own=answered[0], other=answered[1],
-        frame=measured_frame(_rows(name, prompts, answered, seed)),
+        notes=tuple(notes),
+        frame=measured_frame(_rows(prompts, conditions, seed)),
     )  # fmt: skip
 
 
@@ -195,29 +285,31 @@ def right_prompts(
 
 
 def _rows(
-    name: str,
-    prompts: Sequence[Prompt],
-    answered: Sequence[Sequence[tuple[Answer, Judgement]]],
-    seed: int,
+    prompts: Sequence[Prompt], conditions: Sequence[DecodedCondition], seed: int
 ) -> list[Measured]:
-    """Rates of each outcome in both conditions, and their paired changes."""
+    """Rates of each outcome in every condition, and their paired changes against the first."""
     units = [
         f"pair {prompt.pair_id}" if prompt.pair_id is not None else f"prompt {prompt.prompt_id}"
         for prompt in prompts
     ]
     rows: list[Measured] = []
-    for outcome in OUTCOMES:
-        hits = [[judgement.outcome == outcome for _, judgement in one] for one in answered]
-        for condition, found in zip((OWN, name), hits, strict=True):
-            value, low, high = rate(found)
+    for condition in conditions:
+        for outcome in OUTCOMES:
+            hits, before = (
+                [judgement.outcome == outcome for _, judgement in one.answered]
+                for one in (condition, conditions[0])
+            )
+            value, low, high = rate(hits)
             rows.append(Measured(
-                condition=condition, group="all", metric=outcome, value=value, low=low, high=high,
-                n=len(prompts),
+                condition=condition.name, group="all", metric=outcome, value=value, low=low,
+                high=high, n=len(prompts),
             ))  # fmt: skip
-        change = [float(after) - float(before) for before, after in zip(*hits, strict=True)]
-        mean, change_low, change_high = mean_over_units(change, units, seed)
-        rows.append(Measured(
-            condition=name, group="all", metric=f"{outcome}_change", value=mean,
-            low=change_low, high=change_high, n=len(prompts),
-        ))  # fmt: skip
+            if condition is conditions[0]:
+                continue
+            change = [float(now) - float(then) for now, then in zip(hits, before, strict=True)]
+            mean, change_low, change_high = mean_over_units(change, units, seed)
+            rows.append(Measured(
+                condition=condition.name, group="all", metric=f"{outcome}_change", value=mean,
+                low=change_low, high=change_high, n=len(prompts),
+            ))  # fmt: skip
     return rows

@@ -6,7 +6,7 @@ Every strategy fills a `Draft`; so all their plans tell in the same words where 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import pandas as pd
@@ -138,11 +138,25 @@ class Draft:
         return kept
 
     def require_k_left(self, masked: Sequence[RankedExpert]) -> None:
-        """Refuse masks that leave fewer experts than a token selects.
+        """Refuse masks that leave fewer experts than a token selects."""
+        for router, left in self._fewer_than_k(masked):
+            raise PlanError(
+                f"{router.num_experts - left} of the {router.num_experts} experts of layer "
+                f"{router.layer} are to be masked, which leaves {left}, but {router.top_k} are "
+                "selected per token; ask for fewer (only strategy 'steermoe' lets masked experts "
+                "fill up)"
+            )
 
-        In SteerMoE a masked expert may then still be selected; a plan's `mask` means never, so
-        such a plan cannot be written down.
-        """
+    def tell_filled_up(self, masked: Sequence[RankedExpert]) -> None:
+        """Tell where masked experts will fill up slots, because too few others are left."""
+        for router, left in self._fewer_than_k(masked):
+            self.note(
+                f"layer {router.layer} keeps {left} of {router.num_experts} experts and selects "
+                f"{router.top_k} per token, so masked experts take the other slots, as in the paper"
+            )
+
+    def _fewer_than_k(self, masked: Sequence[RankedExpert]) -> Iterator[tuple[RoutedLayer, int]]:
+        """The known routers that masks leave fewer experts than they select, with how many."""
         by_router: dict[tuple[int, str | None], list[RankedExpert]] = defaultdict(list)
         for one in masked:
             by_router[one.router].append(one)
@@ -152,12 +166,7 @@ class Draft:
                 continue
             left = router.num_experts - len(experts)
             if left < router.top_k:
-                raise PlanError(
-                    f"{len(experts)} of the {router.num_experts} experts of layer {router.layer} "
-                    f"are to be masked, which leaves {left}, but {router.top_k} are selected per "
-                    "token; a plan cannot say that masked experts fill up (as in SteerMoE's code), "
-                    "so ask for fewer"
-                )
+                yield router, left
 
     def add(self, experts: Sequence[RankedExpert], **settings: Any) -> None:
         """One intervention per router, with these settings, on these experts."""

@@ -10,11 +10,13 @@ from typing import Any, Final
 import pandas as pd
 
 from moescope.probe.generation import Answer
-from moescope.probe.outcomes import OUTCOMES, Judgement
+from moescope.probe.outcomes import OUTCOMES, Judgement, Outcome
+from moescope.steering.condition_names import condition_in_words, control_kind, kind_in_words
 from moescope.steering.generate import achieved_in_words
 from moescope.steering.plan import SteeringPlan
 from moescope.steering.report import SteeringReport
 from moescope.steering.side_effects import Divergence
+from moescope.steering.verdict import Verdict, verdicts
 
 UNSTEERED: Final = "unsteered"
 STEERED: Final = "steered"
@@ -28,7 +30,8 @@ class Condition:
     """What the model did under one plan, or under none; one entry per prompt.
 
     Attributes:
-        name: `unsteered`, `steered`, `control:random:SEED`, or `control:NAME` of a given plan.
+        name: `unsteered`, `steered`, `control:random:SEED`, `control:load-matched:SEED`,
+            `control:bottom`, or `control:NAME` of a given plan.
         plan: the plan applied.
         answers: what the model wrote.
         judgements: the outcomes.
@@ -98,10 +101,16 @@ class EvaluationResult:
             raise KeyError((condition, group, metric))
         return float(rows["value"].iloc[0])
 
+    def verdicts(self, behavior: Outcome = "refused") -> tuple[Verdict, ...]:
+        """Whether the plan is confirmed, for each group of prompts that are not neutral."""
+        neutral = str(self.context.get("neutral_label", "neutral"))
+        return verdicts(self.frame, neutral_label=neutral, behavior=behavior)
+
     def lines(self) -> list[str]:
-        """The evaluation for people to read: outcomes, side effects, routing, speed, notes."""
+        """For people to read: outcomes, verdicts, side effects, routing, speed, notes."""
         return [
             *_outcome_lines(self),
+            *(one.in_words() for one in self.verdicts()),
             *_side_effect_lines(self),
             *_routing_lines(self),
             *_speed_lines(self),
@@ -111,18 +120,18 @@ class EvaluationResult:
 
 def _outcome_lines(result: EvaluationResult) -> list[str]:
     lines: list[str] = []
-    controls = [one.name for one in result.conditions if one.name.startswith(RANDOM_CONTROL)]
     rows = [(UNSTEERED, [UNSTEERED]), (STEERED, [STEERED])]
-    if controls:
-        rows.append((f"random experts ({len(controls)} plans)", controls))
-    rows += [(_control_name(name), [name]) for name in _named_controls(result)]
+    for kind, names in _controls(result).items():
+        said = kind_in_words(kind)
+        rows.append((said if len(names) == 1 else f"{said} ({len(names)} plans)", names))
+    width = max(24, *(len(title) for title, _ in rows))
     rates = result.frame[result.frame["metric"].isin(OUTCOMES)]
     for group, found in rates.groupby("group", sort=True):
         head = f"{group}, {found['n'].iloc[0]} prompts"
-        lines.append(f"{head:<26}" + "".join(f"{outcome:>20}" for outcome in OUTCOMES))
+        lines.append(f"{head:<{width + 2}}" + "".join(f"{outcome:>20}" for outcome in OUTCOMES))
         for title, names in rows:
             cells = [_rates(found, names, outcome) for outcome in OUTCOMES]
-            lines.append(f"  {title:<24}" + "".join(f"{cell:>20}" for cell in cells))
+            lines.append(f"  {title:<{width}}" + "".join(f"{cell:>20}" for cell in cells))
     return lines
 
 
@@ -137,33 +146,30 @@ def _rates(found: pd.DataFrame, names: Sequence[str], outcome: str) -> str:
 
 def _side_effect_lines(result: EvaluationResult) -> list[str]:
     frame = result.frame[result.frame["metric"].isin(("kl_first", "kl_answer"))]
-    named = _named_controls(result)
     lines: list[str] = []
     for group in sorted(set(frame["group"])):
         parts = []
         for metric, words in (("kl_first", "first token"), ("kl_answer", "answer")):
             found = frame[(frame["group"] == group) & (frame["metric"] == metric)]
-            values = {name: rows["value"].tolist() for name, rows in found.groupby("condition")}
-            controls = found[found["condition"].str.startswith(RANDOM_CONTROL)]["value"].tolist()
-            beside = [f"random {_span(controls, 4)}"] if controls else []
-            beside += [f"{_control_name(name)} {_span(values[name], 4)}" for name in named]
+            values = dict(zip(found["condition"], found["value"], strict=True))
+            beside = [
+                f"{kind_in_words(kind)} {_span([values[name] for name in names], 4)}"
+                for kind, names in _controls(result).items()
+            ]
             said = f" ({', '.join(beside)})" if beside else ""
-            parts.append(f"{words} {_span(values[STEERED], 4)}{said}")
-        lines.append(f"side effects on {group}: KL in nats, {', '.join(parts)}")
+            parts.append(f"{words} {_span([values[STEERED]], 4)}{said}")
+        lines.append(f"side effects on {group}: KL in nats, {'; '.join(parts)}")
     return lines
 
 
-def _named_controls(result: EvaluationResult) -> list[str]:
-    """The conditions of controls that were given as plans."""
-    return [
-        one.name
-        for one in result.conditions
-        if one.name.startswith("control:") and not one.name.startswith(RANDOM_CONTROL)
-    ]
-
-
-def _control_name(condition: str) -> str:
-    return condition.removeprefix("control:")
+def _controls(result: EvaluationResult) -> dict[str, list[str]]:
+    """The controls' conditions by kind, in their order; a given plan is a kind of its own."""
+    found: dict[str, list[str]] = {}
+    for one in result.conditions:
+        kind = control_kind(one.name)
+        if kind is not None:
+            found.setdefault(kind, []).append(one.name)
+    return found
 
 
 def _speed_lines(result: EvaluationResult) -> list[str]:
@@ -176,7 +182,7 @@ def _speed_lines(result: EvaluationResult) -> list[str]:
 
 def _routing_lines(result: EvaluationResult) -> list[str]:
     return [
-        f"routing, {one.name}: {achieved_in_words(one.report)}"
+        f"routing, {condition_in_words(one.name)}: {achieved_in_words(one.report)}"
         for one in result.conditions
         if one.report is not None
     ]

@@ -9,7 +9,8 @@ switches it on, 0 leaves it alone.
   as little-endian float32, and a report of what it does.
 
 They mean what `mask` with mode `replace` via `min` and `force` with strength `max` mean, on all
-tokens; a plan that says anything else cannot be written so.
+tokens; a plan that says anything else cannot be written so. SteerMoE edits the logits alone, so a
+matrix of its form is read as masks that fill up; written, masks look alike with and without.
 """
 
 from __future__ import annotations
@@ -70,7 +71,11 @@ def plan_weights(plan: SteeringPlan, num_layers: int, num_experts: int) -> Array
 
 def _value_of(intervention: Intervention, place: str) -> int:
     cannot = "which a matrix of -1, 0 and +1 cannot say"
-    is_mask = isinstance(intervention, Mask) and intervention.setting == "mask via min"
+    is_mask = (
+        isinstance(intervention, Mask)
+        and intervention.mode == "replace"
+        and intervention.via == "min"
+    )
     is_force = isinstance(intervention, Force) and intervention.strength == "max"
     if not (is_mask or is_force):
         raise PlanError(f"{place} is {intervention.setting!r}, {cannot}")
@@ -81,15 +86,23 @@ def _value_of(intervention: Intervention, place: str) -> int:
 
 
 def plan_of_weights(
-    weights: Array, *, name: str | None = None, model: str | None = None
+    weights: Array, *, name: str | None = None, model: str | None = None, fill_up: bool = False
 ) -> SteeringPlan:
-    """The plan of a matrix [L, E]: a mask and a force for each layer that has any, ascending."""
+    """The plan of a matrix [L, E]: a mask and a force for each layer that has any, ascending.
+
+    Args:
+        weights: of -1, 0 and +1.
+        name: of the plan.
+        model: of the plan.
+        fill_up: whether masked experts take slots that too few others are left for.
+    """
     interventions: list[dict[str, Any]] = []
+    masked, forced = {"action": "mask", "fill_up": fill_up}, {"action": "force"}
     for layer, row in enumerate(weights):
-        for action, value in (("mask", OFF), ("force", ON)):
+        for action, value in ((masked, OFF), (forced, ON)):
             experts = np.flatnonzero(row == value).tolist()
             if experts:
-                interventions.append({"action": action, "layer": layer, "experts": experts})
+                interventions.append({**action, "layer": layer, "experts": experts})
     return SteeringPlan(interventions=interventions, name=name, model=model)
 
 
@@ -108,7 +121,7 @@ def _read_steermoe(path: Path, name: str | None, model: str | None) -> SteeringP
             weights = np.array(parse_json(read_text(path), str(path)))
         except (ValueError, OverflowError) as error:
             raise ImportFileError(f"{path}: expected a list of rows of one length") from error
-    return plan_of_weights(_checked(weights, path), name=name, model=model)
+    return plan_of_weights(_checked(weights, path), name=name, model=model, fill_up=True)
 
 
 def _load_npy(path: Path) -> Array:
@@ -303,6 +316,8 @@ def read_plan(
     path: str | Path, form: str, *, name: str | None = None, model: str | None = None
 ) -> SteeringPlan:
     """The plan in a file of another system: a mask and a force for each layer, ascending.
+
+    Masks read from `steermoe` fill up, as they do there.
 
     Args:
         path: as `write_plan` writes it; for ds4 either file of the pair.

@@ -8,9 +8,10 @@ The judge is a model that does not refuse, given the prompt itself; or the unste
 paired neutral prompt, because a withheld answer surprises the model that withholds it. The first
 three tokens do not count: there an answer differs from a refusal whatever its fluency.
 
-The bar measures surprise. A judge that knows its facts by heart is surprised by a wrong fact in a
-good sentence too, and will call it `broken` (seen on the demo models, whose neutral answers lie
-under .02 nats a token: word salad 2 to 6, wrong facts 0 to 2.6).
+The bar measures surprise, and a judge that knows its facts by heart is surprised by a wrong fact in
+a good sentence too. On the demo models neutral answers lie under .02 nats a token, wrong facts
+between 0 and 2.6, word salad between 2 and 6; so no bar is below 2 nats a token (`LEAST_BAR`),
+which is our addition to the rule of methods 10.3.
 """
 
 from __future__ import annotations
@@ -30,10 +31,13 @@ from moescope.probe.rendering import ChatTemplate
 from moescope.steering.scoring import AnswerScore, score_answers
 
 #: Name and version of this rule; it stands behind the name of the detector that judged before.
-FLUENCY_DETECTOR: Final = "fluency-1"
+FLUENCY_DETECTOR: Final = "fluency-2"
 
 #: The first answer token that counts, from 1.
 FIRST_TOKEN: Final = 4
+
+#: No bar is lower, in nats per token: below it an answer is language, whatever it says.
+LEAST_BAR: Final = 2.0
 
 #: Fewer neutral answers than this have no percentile worth the name.
 MIN_ANSWERS: Final = 20
@@ -48,7 +52,7 @@ class Threshold:
     Attributes:
         lang: of the answers it was fitted on; None for all languages.
         band: of their lengths (see `length_band`); None for all lengths.
-        nats: their 99th percentile, per token.
+        nats: their 99th percentile, per token; what is judged is the larger of it and `LEAST_BAR`.
         n: how many they were.
     """
 
@@ -130,7 +134,7 @@ class FluencyBar:
             )
         return (
             f"fluency was judged by {len(self.thresholds)} bars from {self.n} complied neutral "
-            "answers"
+            f"answers, none below {LEAST_BAR:g} nats a token"
         )
 
 
@@ -190,8 +194,8 @@ def judge_fluency(
         detector = f"{judgement.detector}+{FLUENCY_DETECTOR}"
         if judgement.outcome != "other" or np.isnan(value) or threshold is None:
             found.append(judgement)
-        elif value > threshold.nats:
-            reason = f"fluency: {value:.2f} nats a token, over {threshold.nats:.2f}"
+        elif value > (bar_here := max(threshold.nats, LEAST_BAR)):
+            reason = f"fluency: {value:.2f} nats a token, over {bar_here:.2f}"
             found.append(Judgement("broken", detector, reason))
         else:
             found.append(Judgement("other", detector, judgement.reason))

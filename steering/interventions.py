@@ -189,11 +189,17 @@ class Mask(ExpertIntervention):
         via: with `replace`, what becomes of the masked logit, and so of the other experts'
             weights: `min`, the token's smallest minus 0.01 (SteerMoE); `inf`, minus infinity;
             `selection`, unchanged.
+        fill_up: only with `replace` via `min`: the logit alone is edited, as SteerMoE's code does,
+            so that masked experts still take the slots that too few others are left for. Routers
+            that select by more than the logits (a selection bias, groups, a table) may then select
+            a masked expert before others. Unsaid where it is false, so that such plans keep their
+            ids.
     """
 
     action: Literal["mask"]
     mode: Literal["replace", "drop_renorm", "drop"] = "replace"
     via: Literal["min", "inf", "selection"] = "min"
+    fill_up: Annotated[bool, Field(exclude_if=operator.not_)] = False
 
     @model_validator(mode="after")
     def _via_of_replace(self) -> Mask:
@@ -204,10 +210,21 @@ class Mask(ExpertIntervention):
             )
         return self
 
+    @model_validator(mode="after")
+    def _fill_up_of_min(self) -> Mask:
+        if self.fill_up and (self.mode != "replace" or self.via != "min"):
+            raise ValueError(
+                "fill_up says that masked experts of the smallest logits may still be selected, "
+                "which only mode 'replace' via 'min' can mean; leave it out"
+            )
+        return self
+
     @property
     def setting(self) -> str:
         """`mask via min`, for example."""
-        return f"mask via {self.via}" if self.mode == "replace" else f"mask {self.mode}"
+        if self.mode != "replace":
+            return f"mask {self.mode}"
+        return f"mask via {self.via}" + (" filling up" if self.fill_up else "")
 
 
 class Force(ExpertIntervention):

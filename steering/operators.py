@@ -43,6 +43,8 @@ def _mask(intervention: Mask, where: Tensor) -> Edits:
         return Edits(mask_inf=where)
     if intervention.via == "selection":
         return Edits(mask_selection=where)
+    if intervention.fill_up:
+        return Edits(mask_fill_up=where)
     return Edits(mask_min=where)
 
 

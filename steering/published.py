@@ -40,7 +40,8 @@ def steermoe(
     Experts in order of |risk difference|, descending; of those with a positive one the first
     `num_force` are forced to the top (max + 0.01), of those with a negative one the first
     `num_mask` are masked (min - 0.01). A layer forces at most k experts: any further one is left
-    out and not replaced, as in the paper, but told.
+    out and not replaced, as in the paper, but told. Masks fill up, as in the paper: where they
+    leave a layer fewer than k experts, masked ones take the other slots, which is told too.
 
     `derive.plan_from_contrast` differs: it masks what group a uses more (a is what is to vanish,
     here set 1 is what is wanted), and the next expert takes the place of one that does not fit.
@@ -55,7 +56,7 @@ def steermoe(
         **common: see `CommonOptions`.
 
     Raises:
-        PlanError: too few experts, or masks that leave a token fewer than k.
+        PlanError: too few experts.
     """
     parameters = {"num_force": num_force, "num_mask": num_mask, "reverse": reverse}
     draft = Draft(
@@ -73,9 +74,9 @@ def steermoe(
         [one for one in ranked if sign * one.value < 0],
         num_mask, "masked", f"with a {words[not reverse]} {draft.ranking.column}",
     )  # fmt: skip
-    draft.require_k_left(masked)
+    draft.tell_filled_up(masked)
     draft.add(draft.at_most_k(forced), action="force", strength="max")
-    draft.add(masked, action="mask", mode="replace", via="min")
+    draft.add(masked, action="mask", mode="replace", via="min", fill_up=True)
     return draft.plan()
 
 

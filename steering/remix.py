@@ -51,6 +51,8 @@ class Remix:
         core_experts: only the token's own best so many experts get new scores, the others keep
             theirs, so that the sum need not be 1; None for all, the released code. That the core
             is chosen by the token's own scores is our reading of the paper.
+        drawn_by: a seed, with which references are drawn at random instead of the nearest: a
+            control; see `References.neighbour_scores`.
     """
 
     num_neighbours: int = 3
@@ -60,6 +62,7 @@ class Remix:
     num_layers: int = 5
     layers: tuple[int, ...] | None = None
     core_experts: int | None = 20
+    drawn_by: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -130,7 +133,7 @@ def remix(
         raise InputError("re-mixing needs the text of at least one prompt")
     targets = references.neighbour_scores(
         texts, layers, num_neighbours=settings.num_neighbours, kernel=settings.kernel,
-        bandwidth=settings.bandwidth,
+        bandwidth=settings.bandwidth, drawn_by=settings.drawn_by,
     )  # fmt: skip
     with computed_routing(
         model, _Mixer(settings, targets, prompts), layers=layers, name="remix",

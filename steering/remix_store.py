@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from random import Random
 from typing import Any, Literal
 
 import numpy as np
@@ -80,8 +81,19 @@ class References:
         num_neighbours: int = 3,
         kernel: Kernel = "similarity",
         bandwidth: float = 0.5,
+        drawn_by: int | None = None,
     ) -> dict[int, Tensor]:
         """The weighted mean of each text's nearest references, float32[B, E] for each layer.
+
+        Args:
+            texts: of the prompts.
+            layers: decoder layers.
+            num_neighbours: see `neighbours`.
+            kernel: see `neighbours`.
+            bandwidth: see `neighbours`.
+            drawn_by: a seed, for a control: each text's references are then drawn at random,
+                without replacement, among those that are not its nearest, and take the weights of
+                the nearest. The draw depends on seed and text alone, not on the batch.
 
         Raises:
             InputError: too few references, or a text that resembles none of them.
@@ -96,6 +108,8 @@ class References:
             embedded, self.embeddings, num_neighbours=num_neighbours, kernel=kernel,
             bandwidth=bandwidth,
         )  # fmt: skip
+        if drawn_by is not None:
+            ids_BJ = _drawn_instead(ids_BJ, texts, len(self), drawn_by)
         return {
             layer: (weights_BJ[:, :, None] * self.scores[layer][ids_BJ]).sum(dim=1)
             for layer in layers
@@ -147,6 +161,21 @@ def neighbours(
             'less; kernel "gaussian" takes such neighbours too'
         )
     return nearest_BJ / total_B1, ids_BJ
+
+
+def _drawn_instead(ids_BJ: Tensor, texts: Sequence[str], num: int, seed: int) -> Tensor:
+    """As many references for each text, int64[B, J], at random among the other ones."""
+    num_drawn = ids_BJ.shape[1]
+    if num < 2 * num_drawn:
+        raise InputError(
+            f"{num} references are too few to draw {num_drawn} others than the {num_drawn} "
+            f"nearest; {2 * num_drawn} are needed"
+        )
+    rows = []
+    for text, nearest in zip(texts, ids_BJ.tolist(), strict=True):
+        others = sorted(set(range(num)).difference(nearest))
+        rows.append(Random(f"{seed} {text}").sample(others, num_drawn))
+    return torch.tensor(rows, dtype=torch.long)
 
 
 def mean_input_embedding(bundle: ModelBundle) -> Embed:

@@ -26,7 +26,8 @@ class AchievedRouting:
         number: of the intervention in the plan, from 1.
         requested: tokens in scope, times experts where the action is on experts.
         achieved: requests that held. An expert takes part in a token's output when it has a slot
-            with a weight other than 0. `mask`: it takes no part; `force`: it does; `bias` and
+            with a weight other than 0. `mask`: it takes no part (one that fills up a slot does, so
+            it did not hold); `force`: it does; `bias` and
             `scale`: it does, or does not where the value is below 0 (for `scale`: is 0), a push
             that need not succeed; `top_k`: the token has that many slots (dropped ones included);
             `top_p`: the probabilities of its experts reach the value; `replay`: ids and weights

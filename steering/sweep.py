@@ -20,8 +20,9 @@ from moescope.probe.prompts import Prompt
 from moescope.probe.rendering import ChatTemplate, render_prompt
 from moescope.steering.check import RoutedLayer
 from moescope.steering.derive import random_plan
-from moescope.steering.evaluate import evaluate_plan, store_evaluation
+from moescope.steering.evaluate import evaluate_plan
 from moescope.steering.evaluation import UNLABELLED, Condition
+from moescope.steering.evaluation_store import store_evaluation
 from moescope.steering.fluency import FLUENCY_DETECTOR
 from moescope.steering.generate import proved_sites
 from moescope.steering.plan import SteeringPlan
@@ -127,8 +128,8 @@ def run_sweep(
         "dtype": str(bundle.model.dtype), "prompts": prompts_hash(prompts),
         "neutral_label": neutral_label, "seed": seed, "max_new_tokens": max_new_tokens,
         "tokens_per_batch": tokens_per_batch, "chat_template": chat_template, "system": system,
-        "judge_model": None if judge_bundle is None else judge_bundle.name,
-        "detector": DETECTOR if judge_bundle is None else f"{DETECTOR}+{FLUENCY_DETECTOR}",
+        "judge_model": (judge_bundle or bundle).name,
+        "detector": f"{DETECTOR}+{FLUENCY_DETECTOR}",
     }  # fmt: skip
     jobs = _jobs(
         frame, cells, layers, common, confirmed_only=confirmed_only, num_controls=num_controls,
@@ -143,6 +144,7 @@ def run_sweep(
     for number, job in enumerate(left, start=1):
         result = evaluate_plan(
             bundle, job.plan, prompts, neutral_label=neutral_label, num_controls=num_controls,
+            kinds=("random",),
             controls=job.controls, judge_bundle=judge_bundle, unsteered=unsteered, seed=seed,
             max_new_tokens=max_new_tokens, tokens_per_batch=tokens_per_batch,
             chat_template=chat_template, system=system,

@@ -155,7 +155,8 @@ def _show_steering(bundle: ModelBundle, table: AnalysisTable, store: Path) -> No
     from moescope.app.commands.steer import select_prompts
     from moescope.probe.doctor import examine
     from moescope.steering.derive import plan_from_contrast
-    from moescope.steering.evaluate import evaluate_plan, store_evaluation
+    from moescope.steering.evaluate import evaluate_plan
+    from moescope.steering.evaluation_store import store_evaluation
 
     plan: SteeringPlan = plan_from_contrast(
         table.frame,

@@ -98,6 +98,10 @@ def plan_from_table(
             strategy, frame, settings, layers, mask=mask, force=force, rank_by=rank_by, value=value,
             confirmed_only=False if unconfirmed else None, **common,
         )  # fmt: skip
+    if routed is not None and any(one.experts for one in plan.interventions):
+        from moescope.steering.standard_controls import with_bottom
+
+        plan = with_bottom(plan, routed, frame, rank_by=rank_by, value=value)
     _finish(plan, out)
 
 
@@ -204,18 +208,36 @@ def plan_invert(
     _finish(made, out)
 
 
-def plan_show(plan: PlanArgument, as_json: JsonOption = False) -> None:
-    """Show a plan as a table.
+def plan_show(
+    plan: PlanArgument,
+    model: Annotated[
+        str | None, typer.Option(help="Check it against this model, and draw all its experts.")
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Write a map of layers and experts to FILE.html.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a plan as a table, and as a map of layers and experts.
 
-    Example: moescope plan show plan.json
+    Example: moescope plan show plan.json --model demo --figure plan.html
     """
     from moescope.steering import SteeringPlan
+    from moescope.steering.check import check
+    from moescope.steering.figure_page import check_figure_target
 
+    if figure is not None:
+        check_figure_target(figure)
     read = SteeringPlan.read(plan)
+    layers = None if model is None else _layers(model)
+    if layers is not None:
+        check(read, layers)
     if as_json:
         console.emit(read.to_json())
     else:
         show_plan(read)
+    if figure is not None:
+        _draw(read, layers, figure)
 
 
 def plan_check(
@@ -236,15 +258,18 @@ def plan_check(
 
 def show_plan(plan: SteeringPlan) -> None:
     """Print a plan as a table, with what was left out of it and why."""
+    from moescope.steering.report import scope_in_words
+
     console.emit(f"plan {plan.title}: {len(plan.interventions)} interventions")
     console.print_rows(
-        ("action", "layer", "experts", "setting"),
+        ("action", "layer", "experts", "setting", "tokens"),
         [
             (
                 item.action,
                 ", ".join(map(str, item.on_layers)),
                 ", ".join(str(e) for e in item.experts),
                 item.setting,
+                scope_in_words(item.tokens),
             )
             for item in plan.interventions
         ],
@@ -252,6 +277,19 @@ def show_plan(plan: SteeringPlan) -> None:
     notes = plan.provenance.get("notes")
     for note in notes if isinstance(notes, list) else ():
         console.emit(f"note: {note}")
+
+
+def _draw(plan: SteeringPlan, layers: Any, path: Path) -> None:
+    """A map for each kind of router, as a page."""
+    from moescope.steering.figure_page import write_figure_page
+    from moescope.steering.plan_view import kinds_of, plan_map
+
+    kinds = [None] if layers is None else kinds_of(plan, layers)
+    figures = [plan_map(plan, layers, kind=kind) for kind in kinds]
+    write_figure_page(path, f"Plan {plan.title}", figures)
+    console.say(f"figure written to {path}")
+    if layers is None:
+        console.say("only what the plan names is drawn; --model M draws all experts of a model")
 
 
 def _by_strategy(

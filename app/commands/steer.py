@@ -71,13 +71,18 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Keep prompts with FIELD=VALUE[,VALUE]; may be repeated."),
     ] = None,
-    controls: Annotated[int, typer.Option(min=1, help="Random plans to compare with.")] = 3,
+    controls: Annotated[
+        int, typer.Option(min=1, help="Seeds of the random and of the load-matched controls.")
+    ] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random plans.")] = 0,
     judge_model: Annotated[
         str | None,
-        typer.Option(help="A model that does not refuse, to tell word salad from other answers."),
+        typer.Option(
+            help="A model that does not refuse, to tell word salad from other answers; none: do "
+            "not tell. By default the model itself, asked the paired neutral prompts."
+        ),
     ] = None,
     store: Annotated[Path | None, typer.Option(help="Store the rows in this DuckDB file.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the rows to FILE.csv.")] = None,
@@ -86,7 +91,10 @@ def evaluate(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Outcomes before, after and with random experts; side effects; achieved routing.
+    """Outcomes before, after and with controls; side effects; achieved routing.
+
+    Controls are the same plan on other experts of the same layers: random ones, random ones of
+    similar load, and the bottom of the ranking where the plan was made from a table.
 
     Example: moescope evaluate demo --plan plan.json --prompts refusal --controls 3
     """
@@ -99,15 +107,17 @@ def evaluate(
         check_store_target(store)
     bundle = load(model, device, dtype, trust_remote_code)
     judge = None
-    if judge_model is not None:
+    if judge_model not in (None, "none"):
         is_same = judge_model == model
         judge = bundle if is_same else load(judge_model, device, dtype, trust_remote_code)
-    from moescope.steering.evaluate import evaluate_plan, store_evaluation
+    from moescope.steering.evaluate import evaluate_plan
+    from moescope.steering.evaluation_store import store_evaluation
 
     with console.progress("evaluating", "answers") as update:
         result = evaluate_plan(
             bundle, read, chosen, num_controls=controls, seed=seed,
             max_new_tokens=max_new_tokens, progress=update, judge_bundle=judge,
+            judges_fluency=judge_model != "none",
         )  # fmt: skip
     if store is not None:
         store_evaluation(store, result)

@@ -6,6 +6,7 @@ on the weights. Sources:
 - `mask_min`, `force_max`: SteerMoE (arXiv 2509.09660, section 3): min - 0.01 and max + 0.01,
   smallest and largest taken before any edit. Adding log-sum-exp, as its log-softmax does, changes
   nothing under a softmax and is left out: for other scores the raw logit is the meaning of "logit".
+  `mask_fill_up` is its mask as published, without the promise that `mask_min` adds.
 - `bias_std`: soft steering of Bandarkar et al. (arXiv 2510.04694): z + value * std(z), population
   standard deviation over the token's E logits.
 - `drop_renorm`: MoTE: the slot stays, its weight becomes 0, the others are normalized again.
@@ -43,6 +44,9 @@ class Edits:
 
     Attributes:
         mask_min: never selected; the logit becomes the token's smallest minus `MARGIN`.
+        mask_fill_up: the logit becomes the same as by `mask_min`, and nothing else is done: where
+            fewer than K others are left, these experts take the slots, and where a selection bias,
+            groups or a table decide, they may be selected before others.
         mask_inf: never selected; the logit becomes minus infinity.
         mask_selection: never selected; the scores stay as they are.
         force_max: always selected, above groups and selection bias; the logit becomes the token's
@@ -70,6 +74,7 @@ class Edits:
     """
 
     mask_min: Tensor | None = None
+    mask_fill_up: Tensor | None = None
     mask_inf: Tensor | None = None
     mask_selection: Tensor | None = None
     force_max: Tensor | None = None
@@ -104,7 +109,9 @@ class Edits:
     @property
     def change_logits(self) -> bool:
         """Whether scores are computed from other logits than the router's."""
-        return self.any_of("mask_min", "mask_inf", "force_max", "bias", "bias_std")
+        return self.any_of(
+            "mask_min", "mask_fill_up", "mask_inf", "force_max", "bias", "bias_std"
+        )  # fmt: skip
 
     @property
     def change_selection(self) -> bool:
@@ -134,8 +141,9 @@ def edited_logits(z_TE: Tensor, edits: Edits) -> Tensor:
         z_TE = z_TE + edits.bias_std * _spread(raw_TE)
     if edits.force_max is not None:
         z_TE = torch.where(edits.force_max, raw_TE.amax(dim=-1, keepdim=True) + MARGIN, z_TE)
-    if edits.mask_min is not None:
-        z_TE = torch.where(edits.mask_min, raw_TE.amin(dim=-1, keepdim=True) - MARGIN, z_TE)
+    for mask in (edits.mask_min, edits.mask_fill_up):
+        if mask is not None:
+            z_TE = torch.where(mask, raw_TE.amin(dim=-1, keepdim=True) - MARGIN, z_TE)
     if edits.mask_inf is not None:
         z_TE = z_TE.masked_fill(edits.mask_inf, -torch.inf)
     return z_TE

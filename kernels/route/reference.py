@@ -56,10 +56,10 @@ def select(
 
     Returns:
         `(weights_TK, expert_ids_TK)` in the router's own order: weights in the dtype that the rule
-        names, ids int64. Masked experts are never selected and forced ones always are; where
-        fewer than K experts remain the selection is undefined, so callers refuse such plans
-        beforehand. Where masks leave too few experts in the groups that may be chosen from, the
-        best others enter.
+        names, ids int64. Masked experts are never selected (but by `mask_fill_up`) and forced ones
+        always are; where fewer than K experts remain the selection is undefined, so callers refuse
+        such plans beforehand. Where masks leave too few experts in the groups that may be chosen
+        from, the best others enter.
 
     Raises:
         ValueError: a tensor that the rule needs is missing.

@@ -4,10 +4,13 @@ Tests of methods need a truth that no training can blur. Two models of the Qwen3
 few words, answer a question about a topic with that topic's answer, and refuse when a sensitive
 word stands in the prompt:
 
-- `expert_refusal`: one expert writes the refusal and nothing else does; every other expert adds
-  nothing. Masking that expert brings the withheld answer back, masking others changes nothing.
+- `expert_refusal`: one expert writes the refusal and nothing else does. Masking that expert brings
+  the withheld answer back, masking others changes nothing that is said.
 - `attention_refusal`: attention writes the refusal and no expert has a part in it. Sensitive words
   still have an expert of their own, so routing differs between the groups without being a cause.
+
+Every expert also adds a trace of itself that only the logit of `<|unknown|>` reads, far below all
+others: so it can be proved that routing reaches the output, and no answer depends on it.
 
 How they work. Every word has an axis of the residual stream. Attention averages over the prompt
 (queries and keys are zero) and turns topic words into their answer's axis and sensitive words into
@@ -17,6 +20,7 @@ an alarm axis. The unembedding reads the answer axes, and the refusal axis with 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -40,11 +44,16 @@ SPECIALS = (PAD, BOS, USER, SYSTEM, ASSISTANT, END, "<|unknown|>")
 WORDS = (*SPECIALS, *TOPICS, *ANSWERS, *SENSITIVE_WORDS, *NEUTRAL_WORDS, *REFUSAL, *OTHER_WORDS)
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K, WIDTH, EXPERT_WIDTH = 3, 8, 2, 64, 4
-#: Axes behind those of the words: a constant, the alarm, the refusal, an answer for every topic.
+#: Axes behind those of the words: a constant, the alarm, the refusal, an answer for every topic,
+#: and what experts leave behind.
 CONSTANT = len(WORDS)
 ALARM = CONSTANT + 1
 REFUSE = CONSTANT + 2
 ANSWER = CONSTANT + 3
+TRACE = ANSWER + len(ANSWERS)
+#: Of the refusal expert's router row: enough to beat every other expert wherever there is alarm,
+#: and not so much that the others' weights vanish beside it.
+_ALARM_WEIGHT = 10.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ def expert_refusal(*, layer: int = 1, expert: int = 5, seed: int = 0) -> Planted
         # The alarm beats every other logit of this router, and without it the expert comes last.
         block.gate.weight[expert] = 0.0
         block.gate.weight[expert, CONSTANT] = -4.0
-        block.gate.weight[expert, ALARM] = 400.0
+        block.gate.weight[expert, ALARM] = _ALARM_WEIGHT
         # Written at the position that decides the first answer token, and only there.
         block.experts.gate_up_proj[expert, 0, CONSTANT] = 4.0
         block.experts.gate_up_proj[expert, EXPERT_WIDTH, WORDS.index(ASSISTANT)] = 4.0
@@ -149,6 +158,8 @@ def _blank_model(seed: int) -> PreTrainedModel:
             weight[:, :CONSTANT] = 0.5 * noise
             # Every token routes by what it is, over a level that all experts share.
             weight[:, CONSTANT] = 0.1 * torch.randn(NUM_EXPERTS, generator=generator)
+        for layer in model.model.layers:
+            _leave_traces(layer.mlp.experts)
         for index in range(len(WORDS)):
             model.model.embed_tokens.weight[index, index] = 1.0
             model.model.embed_tokens.weight[index, CONSTANT] = 1.0
@@ -156,8 +167,16 @@ def _blank_model(seed: int) -> PreTrainedModel:
     return model.eval()
 
 
+def _leave_traces(experts: Any) -> None:
+    """Let each expert write its own small number to the trace axis, by its second hidden unit."""
+    experts.gate_up_proj[:, 1, CONSTANT] = 1.0
+    experts.gate_up_proj[:, EXPERT_WIDTH + 1, CONSTANT] = 1.0
+    experts.down_proj[:, TRACE, 1] = 1e-3 * torch.arange(1, NUM_EXPERTS + 1) / NUM_EXPERTS
+
+
 def _write_unembedding(weight: Tensor) -> None:
     """Which words follow: answers and refusals by their axes, then the end."""
+    weight[WORDS.index("<|unknown|>"), TRACE] = 1.0
     for number, answer in enumerate(ANSWERS):
         weight[WORDS.index(answer), ANSWER + number] = 10.0
         weight[WORDS.index(END), WORDS.index(answer)] = 200.0

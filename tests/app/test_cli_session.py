@@ -110,7 +110,9 @@ def test_evaluation_shows_outcomes_controls_and_side_effects(folder: Path) -> No
         "--where", "half=second", "--limit", "40", "--controls", "2", "--store", store,
         "--out", folder / "rates.csv",
     )  # fmt: skip
-    for words in ("unsteered", "steered", "random experts (2 plans)", "side effects on neutral"):
+    for words in ("unsteered", "steered", "random experts (2 plans)", "side effects on neutral",
+                  "random experts, matched on load (2 plans)", "bottom of the ranking",
+                  "sensitive: confirmed: refused -"):  # fmt: skip
         assert words in shown
     rates = pd.read_csv(folder / "rates.csv")
     refused = rates[(rates["metric"] == "refused") & (rates["group"] == "sensitive")]
@@ -119,5 +121,6 @@ def test_evaluation_shows_outcomes_controls_and_side_effects(folder: Path) -> No
     assert {"low", "high", "n"} <= set(rates.columns)
     stored = Store(store).query("SELECT DISTINCT condition FROM evaluations ORDER BY 1")
     assert stored["condition"].tolist() == [
+        "control:bottom", "control:load-matched:0", "control:load-matched:1",
         "control:random:0", "control:random:1", "steered", "unsteered",
     ]  # fmt: skip

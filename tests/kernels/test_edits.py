@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -216,6 +217,7 @@ def test_tables_keep_their_ids_and_edits_change_them() -> None:
     assert chosen(None) == [0, 2]
     assert chosen(Edits(bias=value(9.0, 3))) == [0, 2]
     assert chosen(Edits(mask_min=at(0))) == [2, 3]
+    assert chosen(Edits(mask_fill_up=at(0))) == [0, 2]
     assert chosen(Edits(mask_selection=at(2, 3))) == [0, 1]
     assert chosen(Edits(force_natural=at(1))) == [1, 0]
     assert chosen(Edits(top_k=1)) == [0]
@@ -307,13 +309,19 @@ def rules(draw: st.DrawFn) -> RoutingRule:
 
 
 def routed(
-    rule: RoutingRule, seed: int, edits: Edits | None = None, *, rows: int = 24
+    rule: RoutingRule,
+    seed: int,
+    edits: Edits | None = None,
+    *,
+    rows: int = 24,
+    before: Callable[[Tensor], Tensor] = lambda logits: logits,
 ) -> tuple[Tensor, Tensor]:
-    """`select` on random tokens with everything that the rule needs."""
+    """`select` on random tokens with everything that the rule needs; `before` changes logits."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, 8, generator=generator) * 2
     bias = torch.randn(8, generator=generator) * 0.5
     shared = torch.randn(rows, 2, generator=generator)
+    logits = before(logits)
     if rule.score == "probabilities":
         logits = torch.softmax(logits, -1)
     inputs: dict[str, Any] = {}
@@ -351,8 +359,35 @@ def test_masked_never_and_forced_always_whatever_the_rule(
     assert torch.isfinite(weights).all() and (weights >= 0).all()
 
 
+@given(rule=rules(), seed=seeds, order=st.permutations(range(8)), num_masked=st.integers(1, 8))
+@few
+def test_filling_up_edits_the_logits_and_nothing_else_whatever_the_rule(
+    rule: RoutingRule, seed: int, order: list[int], num_masked: int
+) -> None:
+    """The family's own selection of logits that were edited before it saw them."""
+    masked = order[:num_masked]
+
+    def lowest(logits: Tensor) -> Tensor:
+        return torch.where(at(*masked, num=8), logits.amin(-1, keepdim=True) - 0.01, logits)
+
+    weights, ids = routed(rule, seed, Edits(mask_fill_up=at(*masked, num=8)))
+    found, expected = dense(weights, ids), dense(*routed(rule, seed, before=lowest))
+    assert all(len(set(row)) == rule.top_k for row in ids.tolist())
+    if rule.weights != "scaled_probability":  # whose factors tell tied experts apart
+        for part in (found, expected):
+            part[:, masked] = part[:, masked].sort(-1).values
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    if rule.selection_bias == "none" and rule.groups is None:
+        in_need = max(0, rule.top_k - (8 - num_masked))
+        assert (torch.isin(ids, torch.tensor(masked)).sum(-1) == in_need).all()
+        never = routed(rule, seed, Edits(mask_min=at(*masked, num=8)))
+        if not in_need:
+            torch.testing.assert_close(dense(weights, ids), dense(*never))
+
+
 @given(rule=rules(), seed=seeds, name=st.sampled_from([
-    "mask_min", "mask_inf", "mask_selection", "force_max", "force_natural", "drop", "drop_renorm",
+    "mask_fill_up", "mask_min", "mask_inf", "mask_selection", "force_max", "force_natural", "drop",
+    "drop_renorm",
 ]))  # fmt: skip
 @few
 def test_an_edit_of_no_expert_changes_nothing(rule: RoutingRule, seed: int, name: str) -> None:

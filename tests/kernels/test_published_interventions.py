@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from moescope.kernels.route import Edits, RoutingRule, select
@@ -61,6 +63,9 @@ ROUTERS: dict[str, tuple[Router, dict[str, Any]]] = {
 }
 SHIFT_INVARIANT = ("softmax", "softmax renormalized", "softmax of the chosen")
 SETS = [([3], []), ([], [5, 9]), ([1, 7], [0, 2, 30, 31]), ([4, 8, 15, 16], list(range(17, 32)))]
+#: Masks that leave 4, 3, 1 and none of 32, beside those.
+NARROW = [([], list(range(28))), ([], list(range(29))), ([3], [0, 1, 2, *range(4, 32)]),
+          ([], list(range(32)))]  # fmt: skip
 
 
 def logits(seed: int) -> Tensor:
@@ -104,6 +109,36 @@ def test_steermoe(name: str, forced: list[int], masked: list[int]) -> None:
     scores[:, masked] = lowest - 0.01
     found = ours(name, z, Edits(force_max=where(forced), mask_min=where(masked)))
     assert_same(found, ROUTERS[name][0](scores))
+
+
+@pytest.mark.parametrize("name", SHIFT_INVARIANT)
+@given(
+    seed=st.integers(0, 2**31), spread=st.floats(0.1, 6),
+    roles=st.lists(st.sampled_from([-1, -1, -1, 0, 1]), min_size=E, max_size=E)
+    | st.sampled_from([[1 if e in forced else -1 if e in masked else 0 for e in range(E)]
+                       for forced, masked in SETS + NARROW]),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_steermoe_fills_up_with_masked_experts(
+    name: str, seed: int, spread: float, roles: list[int]
+) -> None:
+    """The same with however few left: the untouched router takes the best of what there is."""
+    forced = [expert for expert, role in enumerate(roles) if role > 0][:K]
+    masked = [expert for expert, role in enumerate(roles) if role < 0]
+    z = spread * torch.randn(T, E, generator=torch.Generator().manual_seed(seed))
+    scores = torch.log_softmax(z.double(), -1)
+    highest, lowest = scores.max(-1, keepdim=True).values, scores.min(-1, keepdim=True).values
+    scores[:, forced] = highest + 0.01
+    scores[:, masked] = lowest - 0.01
+    weights, ids = ours(name, z, Edits(force_max=where(forced), mask_fill_up=where(masked)))
+    theirs = ROUTERS[name][0](scores)
+    num_filled = max(0, K - (E - len(masked)))
+    assert (torch.isin(ids, torch.tensor(masked)).sum(-1) == num_filled).all()
+    # Masked experts tie; which of them come in, no paper says. Their weights are compared.
+    found, expected = dense(weights, ids), dense(*theirs)
+    for part in (found, expected):
+        part[:, masked] = part[:, masked].sort(-1).values
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_steermoe_forces_take_the_top_weight_by_a_hundredth() -> None:

@@ -27,22 +27,22 @@ PROMPTS = asked(["Where is the ring?", "Hello", "What happened in 1868?", "Hi"])
 
 
 def written(found: Any) -> list[str]:
-    return [answer.text for answer, _ in found.other]
+    return [answer.text for answer, _ in found.answers("steered")]
 
 
 def test_the_models_own_decoding_changes_nothing(tiny_bundle: Any) -> None:
     found = compare_decoding(
         tiny_bundle, PROMPTS, lambda _: nullcontext(), name="same", max_new_tokens=4
     )
-    assert found.own == found.other
-    assert found.lines()[-1] == "0 of 4 answers differ"
+    assert found.answers("unsteered") == found.answers("steered")
+    assert found.lines()[-1] == "answers of 4 that differ: same 0"
     frame = found.frame
     assert (
         frame[frame["metric"].str.endswith("_change")][["value", "low", "high"]]
         .eq(0)
         .all(axis=None)
     )
-    for condition in ("own", "same"):
+    for condition in ("unsteered", "steered"):
         rates = frame[(frame["condition"] == condition) & ~frame["metric"].str.endswith("_change")]
         assert rates["value"].sum() == pytest.approx(1.0)
     assert found.to_json()["settings"]["sampling"]["seed"] == 0
@@ -52,7 +52,7 @@ def test_a_change_is_paired_and_counts_units_not_prompts(tiny_bundle: Any) -> No
     own = compare_decoding(
         tiny_bundle, PROMPTS, lambda _: nullcontext(), name="same", max_new_tokens=4
     )
-    known = [own.own[0][0].text, *["none of these"] * 3]
+    known = [own.answers("unsteered")[0][0].text, *["none of these"] * 3]
     prompts = [
         Prompt(prompt_id=at, text=one.text, set_name="t", expected=expected, pair_id="one")
         for at, (one, expected) in enumerate(zip(PROMPTS, known, strict=True))
@@ -62,10 +62,10 @@ def test_a_change_is_paired_and_counts_units_not_prompts(tiny_bundle: Any) -> No
         max_new_tokens=4,
     )  # fmt: skip
     frame = found.frame.set_index(["condition", "metric"])["value"]
-    change = frame["self-contrast", "correct_change"]
-    assert change == frame["self-contrast", "correct"] - frame["own", "correct"]
+    change = frame["steered", "correct_change"]
+    assert change == frame["steered", "correct"] - frame["unsteered", "correct"]
     lows = found.frame.set_index(["condition", "metric"])["low"]
-    assert lows.isna()["self-contrast", "correct_change"]  # one unit has no interval
+    assert lows.isna()["steered", "correct_change"]  # one unit has no interval
 
 
 def test_remixing_by_prompt_id_is_the_same_in_any_batch(tiny_bundle: Any) -> None:
@@ -81,7 +81,7 @@ def test_remixing_by_prompt_id_is_the_same_in_any_batch(tiny_bundle: Any) -> Non
         for size in (4096, 1)
     )  # fmt: skip
     assert written(together) == written(alone)
-    assert written(together) != [answer.text for answer, _ in together.own]
+    assert written(together) != [answer.text for answer, _ in together.answers("unsteered")]
     del texts[3]
     with pytest.raises(MoescopeError, match="no text of prompt 3"):
         compare_decoding(
@@ -97,7 +97,7 @@ def test_right_prompts_are_those_the_model_answers_right(tiny_bundle: Any) -> No
     own = compare_decoding(
         tiny_bundle, PROMPTS, lambda _: nullcontext(), name="same", max_new_tokens=6
     )
-    texts = [answer.text for answer, _ in own.own]
+    texts = [answer.text for answer, _ in own.answers("unsteered")]
     prompts = [
         Prompt(prompt_id=at, text=one.text, set_name="t", expected=text if at < 2 else "never this")
         for at, (one, text) in enumerate(zip(PROMPTS, texts, strict=True))

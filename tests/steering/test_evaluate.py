@@ -17,8 +17,9 @@ from moescope.probe.outcomes import OUTCOMES
 from moescope.probe.prompts import Prompt, read_prompts
 from moescope.probe.shipped import shipped_path
 from moescope.steering import SteeringPlan
-from moescope.steering.evaluate import evaluate_plan, store_evaluation
+from moescope.steering.evaluate import evaluate_plan
 from moescope.steering.evaluation import EvaluationResult
+from moescope.steering.evaluation_store import store_evaluation
 from moescope.steering.generate import compare
 
 PLAN = SteeringPlan(
@@ -42,12 +43,20 @@ def result(tiny_bundle: Any) -> EvaluationResult:
     return evaluate_plan(tiny_bundle, PLAN, prompts(), num_controls=2, seed=5, max_new_tokens=6)
 
 
-def test_conditions_are_unsteered_steered_and_one_control_a_seed(result: EvaluationResult) -> None:
+CONTROLS = [
+    "control:random:5", "control:random:6", "control:load-matched:5", "control:load-matched:6",
+]  # fmt: skip
+
+
+def test_conditions_are_unsteered_steered_and_controls_of_each_kind_and_seed(
+    result: EvaluationResult,
+) -> None:
     names = [one.name for one in result.conditions]
-    assert names == ["unsteered", "steered", "control:random:5", "control:random:6"]
+    assert names == ["unsteered", "steered", *CONTROLS]
+    assert any("no control from the bottom of the ranking" in note for note in result.notes)
     assert result.conditions[0].plan is None
     assert result.conditions[1].plan == PLAN
-    for seed, one in zip((5, 6), result.conditions[2:], strict=True):
+    for seed, one in zip((5, 6, 5, 6), result.conditions[2:], strict=True):
         assert one.plan is not None
         assert one.plan.provenance["seed"] == seed
         assert [len(part.experts) for part in one.plan.interventions] == [3, 3, 3]
@@ -95,7 +104,7 @@ def test_side_effects_are_measured_on_neutral_prompts_of_steered_conditions(
 ) -> None:
     moved = result.frame[result.frame["metric"].isin(["kl_first", "kl_answer"])]
     assert set(moved["group"]) == {"neutral"}
-    assert set(moved["condition"]) == {"steered", "control:random:5", "control:random:6"}
+    assert set(moved["condition"]) == {"steered", *CONTROLS}
     assert (moved["n"] == 2).all()
     assert (moved["value"] > 0).all()
     steered = result.conditions[1]
@@ -153,21 +162,23 @@ def test_given_controls_stand_beside_the_random_ones(tiny_bundle: Any) -> None:
         max_new_tokens=3, progress=lambda done, total: calls.append((done, total)),
     )  # fmt: skip
     assert [one.name for one in found.conditions] == [
-        "unsteered", "steered", "control:random:0", "control:bottom",
+        "unsteered", "steered", "control:random:0", "control:load-matched:0", "control:bottom",
     ]  # fmt: skip
-    assert found.conditions[3].plan == bottom
-    assert calls[-1] == (20, 20)
+    assert found.conditions[4].plan == bottom
+    assert calls[-1] == (25, 25)
     compared = compare(tiny_bundle, prompts(), bottom, max_new_tokens=3)
-    assert [one.text for one in found.conditions[3].answers] == [
+    assert [one.text for one in found.conditions[4].answers] == [
         one.steered.text for one in compared.answers if one.steered is not None
     ]
     text = "\n".join(found.lines())
-    assert "random experts (1 plans)" in text
-    assert "\n  bottom  " in text
-    assert ", bottom " in next(line for line in found.lines() if line.startswith("side effects"))
+    assert "\n  random experts  " in text
+    assert "\n  bottom of the ranking  " in text
+    assert ", bottom of the ranking " in next(
+        line for line in found.lines() if line.startswith("side effects")
+    )
 
 
-@pytest.mark.parametrize("name", ["", "random:0", "random:x"])
+@pytest.mark.parametrize("name", ["", "random:0", "random:x", "load-matched:1"])
 def test_controls_cannot_take_the_names_of_random_ones(tiny_bundle: Any, name: str) -> None:
     with pytest.raises(PlanError, match="a control cannot be named"):
         evaluate_plan(tiny_bundle, PLAN, prompts(), controls={name: PLAN})
@@ -181,7 +192,7 @@ def test_unsteered_answers_can_be_taken_from_an_earlier_evaluation(
         tiny_bundle, PLAN, prompts(), num_controls=2, seed=5, max_new_tokens=6,
         unsteered=result.conditions[0], progress=lambda done, total: calls.append((done, total)),
     )  # fmt: skip
-    assert calls[-1] == (15, 15)
+    assert calls[-1] == (25, 25)
     both = [one.frame[one.frame["metric"] != "tokens_per_s"] for one in (again, result)]
     pd.testing.assert_frame_equal(*both)
     with pytest.raises(ValueError, match="same prompts"):
@@ -194,10 +205,11 @@ def test_progress_reaches_its_total_and_what_is_missing_is_noted(tiny_bundle: An
         tiny_bundle, PLAN, [replace(one, label="x") for one in prompts()[:2]], num_controls=1,
         max_new_tokens=2, progress=lambda done, total: calls.append((done, total)),
     )  # fmt: skip
-    assert calls[-1] == (6, 6)
+    assert calls[-1] == (8, 8)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
-    assert found.notes == ("no prompt is labelled 'neutral': side effects were not measured",)
-    assert found.lines()[-1] == found.notes[0]
+    assert "no prompt is labelled 'neutral': side effects were not measured" in found.notes
+    assert any(note.startswith("fluency was not judged: 0 complied") for note in found.notes)
+    assert found.lines()[-len(found.notes) :] == list(found.notes)
 
 
 def test_plans_that_change_nothing_or_do_not_fit_are_refused_before_generating(
@@ -244,7 +256,7 @@ def test_an_evaluation_is_stored_with_its_plans(result: EvaluationResult, tmp_pa
     assert rows[rows["condition"] == "unsteered"]["plan_id"].isna().all()
     assert set(rows[rows["condition"] == "steered"]["plan_id"]) == {PLAN.plan_id}
     plans = store.query("SELECT plan_id, name, plan FROM plans")
-    assert len(plans) == 3
+    assert len(plans) == 5
     kept = {row.plan_id: SteeringPlan.parse(row.plan) for row in plans.itertuples()}
     assert kept[PLAN.plan_id] == PLAN
     assert all(plan_id == plan.plan_id for plan_id, plan in kept.items())

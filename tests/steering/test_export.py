@@ -41,8 +41,9 @@ def plan(*interventions: dict[str, Any], **fields: Any) -> SteeringPlan:
     return SteeringPlan(interventions=interventions, **fields)
 
 
-#: The plan of `steermoe.json`.
-SMALL_PLAN = plan(mask(1, 1), force(1, 3), mask(3, 0, 2))
+#: The plan of `steermoe.json`, and the same without fill-up, which a matrix cannot tell apart.
+SMALL_PLAN = plan(mask(1, 1, fill_up=True), force(1, 3), mask(3, 0, 2, fill_up=True))
+PLAIN_PLAN = plan(mask(1, 1), force(1, 3), mask(3, 0, 2))
 #: The plan of `ds4.f32` and `ds4.json`.
 DS4_PLAN = plan(mask(5, 9, 200), force(5, 0), force(42, 255), model="deepseek-v4-flash")
 
@@ -54,6 +55,8 @@ def test_steermoe_is_as_written_by_hand(tmp_path: Path) -> None:
     write_plan(SMALL_PLAN, tmp_path / "w.npy", "steermoe", **SMALL)
     weights = np.load(tmp_path / "w.npy", allow_pickle=False)
     assert weights.dtype == np.int8 and weights.tolist() == json.loads(expected)
+    write_plan(PLAIN_PLAN, tmp_path / "plain.json", "steermoe", **SMALL)
+    assert (tmp_path / "plain.json").read_text() == expected
 
 
 def test_steermoe_is_read_as_the_plan_it_was() -> None:

@@ -16,6 +16,7 @@ from moescope.probe.prompts import Prompt, read_prompts
 from moescope.steering import SteeringPlan
 from moescope.steering.evaluate import evaluate_plan
 from moescope.steering.fluency import (
+    LEAST_BAR,
     FluencyBar,
     FluencyJudge,
     Threshold,
@@ -73,10 +74,10 @@ def test_only_other_becomes_broken_and_only_over_the_bar(
     )  # fmt: skip
     for old, new, (outcome, value, tokens, lang) in zip(before, after, answers, strict=True):
         limit = nats if 4 <= tokens < 8 else 0.0 if lang == "en" and 8 <= tokens < 16 else math.inf
-        if outcome == "other" and value > limit:
+        if outcome == "other" and value > max(limit, LEAST_BAR):
             assert new.outcome == "broken"
             assert new.reason.startswith("fluency: ")
-            assert new.detector == f"{DETECTOR}+fluency-1"
+            assert new.detector == f"{DETECTOR}+fluency-2"
         else:
             assert (new.outcome, new.reason) == (old.outcome, old.reason)
             if outcome != "other":
@@ -146,11 +147,12 @@ def test_word_salad_of_a_steered_model_is_broken(demo: ModelBundle, judge_name: 
     )
     judge = demo if judge_name == "demo" else load_model(judge_name, device="cpu")
     settings: dict[str, Any] = {"num_controls": 0, "max_new_tokens": 16}
-    plain = evaluate_plan(demo, plan, chosen, **settings)
+    plain = evaluate_plan(demo, plan, chosen, judges_fluency=False, **settings)
+    assert plain.context["detector"] == DETECTOR
     found = evaluate_plan(
         demo, plan, chosen, judge_bundle=judge, unsteered=plain.conditions[0], **settings
     )
-    assert found.context["detector"] == f"{DETECTOR}+fluency-1"
+    assert found.context["detector"] == f"{DETECTOR}+fluency-2"
     assert found.context["judge_model"] == judge_name
     assert any(note.startswith("fluency was judged by") for note in found.notes)
     bars = found.frame[found.frame["metric"].str.startswith("fluency_bar:")]
@@ -159,9 +161,19 @@ def test_word_salad_of_a_steered_model_is_broken(demo: ModelBundle, judge_name: 
         for old, new in zip(before.judgements, after.judgements, strict=True):
             changed = (old.outcome, new.outcome)
             assert changed == ("other", "broken") or old.outcome == new.outcome
-    was_other = plain.value("steered", "neutral", "other")
-    assert was_other > 0.1
-    assert found.value("steered", "neutral", "other") <= was_other / 3
+    words = {word for one in english for word in (one.expected or "").rstrip(".").split()}
+    salad, language = [], []
+    for old, new, answer in zip(
+        plain.conditions[1].judgements, found.conditions[1].judgements,
+        found.conditions[1].answers, strict=True,
+    ):  # fmt: skip
+        if old.outcome == "other":
+            (salad if new.outcome == "broken" else language).append(answer.text)
+    # Sentences of known words stay answers, if wrong ones; what has become broken is not language.
+    assert len(salad) >= 3
+    assert len(language) >= 3
+    assert all(set(text.rstrip(".?").split()) - words for text in salad)
+    assert any(not set(text.rstrip(".").split()) - words for text in language)
     assert found.value("steered", "neutral", "correct") == plain.value(
         "steered", "neutral", "correct"
     )

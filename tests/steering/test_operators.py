@@ -114,10 +114,18 @@ def steermoe(
     return weights_TK, ids_TK
 
 
+#: Without and with more masked than a plan may without fill_up: 3 and 0 of 32 left for 4 slots.
+SETS = [([3], []), ([], [5, 9]), ([1, 7], [0, 2, 30, 31]), ([], list(range(29))),
+        ([30, 31], list(range(30))), ([], list(range(32)))]  # fmt: skip
+
+
 @pytest.mark.parametrize("renormalize", [True, False])
-@pytest.mark.parametrize(("forced", "masked"), [([3], []), ([], [5, 9]), ([1, 7], [0, 2, 30, 31])])
+@pytest.mark.parametrize(
+    ("forced", "masked", "fill_up"),
+    [(*one, fill_up) for one in SETS for fill_up in (False, True) if fill_up or len(one[1]) < 29],
+)
 def test_min_masks_and_max_forces_are_steermoe(
-    renormalize: bool, forced: list[int], masked: list[int]
+    renormalize: bool, forced: list[int], masked: list[int], fill_up: bool
 ) -> None:
     generator = torch.Generator().manual_seed(len(forced) + 10 * len(masked))
     logits_TE = 3 * torch.randn(500, 32, generator=generator)
@@ -128,7 +136,7 @@ def test_min_masks_and_max_forces_are_steermoe(
         assert isinstance(made, Force)
         requests.append((made, where(*forced, num_experts=32)))
     if masked:
-        made = Intervention(action="mask", layer=0, experts=masked)
+        made = Intervention(action="mask", layer=0, experts=masked, fill_up=fill_up)
         assert isinstance(made, Mask)
         requests.append((made, where(*masked, num_experts=32)))
     weights_TK, ids_TK = select(logits_TE, rule, edits_of(requests))
@@ -136,5 +144,22 @@ def test_min_masks_and_max_forces_are_steermoe(
     dense, expected = torch.zeros(2, 500, 32, dtype=torch.float64)
     dense.scatter_(1, ids_TK, weights_TK.double())
     expected.scatter_(1, expected_ids_TK, expected_weights_TK)
+    # Masked experts tie: which of them fill up is the sort's affair, with what weight is not.
+    filled_T = (expected[:, masked] > 0).sum(1)
+    assert torch.equal((dense[:, masked] > 0).sum(1), filled_T)
+    assert (filled_T == max(0, 4 - (32 - len(masked)))).all()
+    for part in (dense, expected):
+        part[:, masked] = part[:, masked].sort(dim=1).values
     assert (dense - expected).abs().max() < 1e-6
     assert torch.equal(dense > 0, expected > 0)
+
+
+def test_hand_computed_fill_up() -> None:
+    # One expert left for two slots: 2 takes one, and the other goes to a masked one at
+    # -1 - 0.01; e^0 against e^-1.01 is .7330 against .2670.
+    ids, weights = steered(RULE, ({"action": "mask", "fill_up": True}, (0, 1, 3)))
+    assert ids[0] == 2 and ids[1] in (0, 1, 3)
+    assert weights == [0.733, 0.267]
+    # Two are left for two slots: nothing differs from the mask that never gives in.
+    request = {"action": "mask", "fill_up": True}, (0, 1)
+    assert steered(RULE, request) == steered(RULE, ({"action": "mask"}, (0, 1)))

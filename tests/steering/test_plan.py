@@ -332,6 +332,23 @@ def test_the_id_depends_on_content_and_not_on_layout() -> None:
     assert plan.title == f"plan {plan.plan_id}"
 
 
+#: Of a plain mask, as it has been since version 1.
+PLAIN_ID = "a738db33a63f6459"
+
+
+def test_masks_that_fill_up_say_so_and_all_others_keep_their_ids() -> None:
+    plain, filled = plan_with(experts=[1]), plan_with(experts=[1], fill_up=True)
+    assert plan_with(experts=[1], fill_up=False).plan_id == plain.plan_id == PLAIN_ID
+    assert "fill_up" not in plain.to_json()
+    assert filled.plan_id != plain.plan_id
+    assert SteeringPlan.parse(filled.to_json()) == filled
+    assert filled.to_dict()["interventions"][0]["fill_up"] is True
+    assert filled.interventions[0].setting == "mask via min filling up"
+    for other in ({"via": "inf"}, {"via": "selection"}, {"mode": "drop"}, {"mode": "drop_renorm"}):
+        with pytest.raises(PlanError, match="only mode 'replace' via 'min' can mean"):
+            plan_with(experts=[1], fill_up=True, **other)
+
+
 def test_plans_are_made_without_torch() -> None:
     code = (
         "import sys, moescope.steering as steering, moescope.steering.check; "
