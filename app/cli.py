@@ -23,6 +23,7 @@ from moescope.app.commands import (
     exchange,
     exporting,
     families,
+    harness,
     inspect,
     plans,
     shipped,
@@ -54,6 +55,7 @@ steer.register(app)
 plans.register(app)
 decode.register(app)
 sweep.register(app)
+harness.register(app)
 families.register(app)
 
 

@@ -222,6 +222,7 @@ def plan_of(
         PlanError: fewer experts than asked for fit the model's layers.
     """
     from moescope.steering.check import LayerShape
+    from moescope.steering.controls import with_bottom
     from moescope.steering.derive import plan_from_contrast
 
     rows = open_store().layers(run.run_id)
@@ -231,7 +232,7 @@ def plan_of(
     ]
     first = table.frame.iloc[0]
     asked = table.context.parameters
-    return plan_from_contrast(
+    plan = plan_from_contrast(
         table.frame,
         num_mask=number,
         layers=layers,
@@ -251,6 +252,7 @@ def plan_of(
             "seed": asked["seed"],
         },
     )
+    return with_bottom(plan, layers, table.frame)
 
 
 def longest_answer(run: ShownRun) -> int:

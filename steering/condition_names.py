@@ -12,6 +12,8 @@ _KINDS: Final[Mapping[str, str]] = {
     "random": "random experts",
     "load-matched": "random experts, matched on load",
     "bottom": "bottom of the ranking",
+    "random-rank": "another rank, at random",
+    "random-references": "random references",
 }
 # Nothing is drawn for these, so the seed in their name tells nothing.
 _UNSEEDED: Final = ("bottom",)

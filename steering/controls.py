@@ -156,10 +156,41 @@ def bottom_control(
     )
 
 
+def with_bottom(
+    plan: SteeringPlan,
+    layers: Sequence[RoutedLayer],
+    ranking: pd.DataFrame,
+    *,
+    rank_by: str | None = None,
+    value: str | None = None,
+) -> SteeringPlan:
+    """The plan with its bottom control in its provenance, or with why there is none.
+
+    Args:
+        plan: made from the ranking.
+        layers: the model's routed layers.
+        ranking: the table.
+        rank_by: its column; see `bottom_control`.
+        value: of a table that is split by a field, the rows of this value.
+    """
+    try:
+        control = bottom_control(plan, layers, 0, ranking, rank_by=rank_by, value=value)
+        kept: dict[str, Any] = {
+            "ranked_by": control.provenance["ranked_by"],
+            "interventions": [
+                one.model_dump(mode="json", exclude_none=True) for one in control.interventions
+            ],
+        }
+    except PlanError as error:
+        kept = {"missing": str(error)}
+    provenance = {**plan.provenance, "bottom": kept}
+    return plan.model_copy(update={"provenance": provenance})
+
+
 def known_bottom_control(plan: SteeringPlan, layers: Sequence[RoutedLayer]) -> SteeringPlan | None:
     """The bottom control that the plan's own provenance names, or None.
 
-    It is put there by `moescope.steering.standard_controls.with_bottom`.
+    It is put there by `with_bottom`.
 
     Raises:
         PlanError: what stands there does not fit the layers.

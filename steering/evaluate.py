@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from moescope.probe.errors import PlanError
 from moescope.probe.generation import Answer
 from moescope.probe.models import ModelBundle
-from moescope.probe.outcomes import DETECTOR
+from moescope.probe.outcomes import DETECTOR, Outcome
 from moescope.probe.prompts import Prompt
 from moescope.probe.rendering import ChatTemplate, render_prompt
 from moescope.probe.routers import LayerInfo
@@ -57,6 +57,8 @@ def evaluate_plan(
     prompts: Sequence[Prompt],
     *,
     neutral_label: str = "neutral",
+    group_by: str = "label",
+    behavior: Outcome = "refused",
     num_controls: int = 3,
     kinds: Sequence[ControlKind] = CONTROL_KINDS,
     controls: Mapping[str, SteeringPlan] | None = None,
@@ -75,9 +77,11 @@ def evaluate_plan(
     Args:
         bundle: model and tokenizer.
         plan: what to judge.
-        prompts: groups are their labels; `expected` decides what is correct.
-        neutral_label: the label of prompts that have nothing to do with the behavior; on these
+        prompts: what to ask; `expected` decides what is correct.
+        neutral_label: the group of prompts that have nothing to do with the behavior; on these
             the side effects are measured.
+        group_by: the field of prompts that makes the groups.
+        behavior: the outcome that the plan is about, for the verdict.
         num_controls: draws of each kind of control that is drawn, with seeds `seed`, `seed + 1`,
             ...; at 0 there are no controls but the given ones.
         kinds: of controls; what a plan cannot have (another top-k names no experts) a note tells.
@@ -115,7 +119,8 @@ def evaluate_plan(
         bundle, rendered, sites, max_new_tokens=max_new_tokens, tokens_per_batch=tokens_per_batch,
         num_rounds=1 + (unsteered is None) + len(standard.names) + len(given), progress=progress,
     )  # fmt: skip
-    neutral = [at for at, prompt in enumerate(prompts) if prompt.label == neutral_label]
+    groups = [group_of(prompt, group_by) for prompt in prompts]
+    neutral = [at for at, group in enumerate(groups) if group == neutral_label]
     first = _unsteered(asker, prompts, unsteered)
     load = (
         measured_load(bundle, rendered, first.answers, sites, tokens_per_batch=tokens_per_batch)
@@ -129,7 +134,7 @@ def evaluate_plan(
         is_itself = judge_bundle is None or judge_bundle is bundle
         fluency = FluencyJudge(
             judge_bundle or bundle,
-            paired_neutral(prompts, neutral_label) if is_itself else prompts,
+            paired_neutral(prompts, groups, neutral_label) if is_itself else prompts,
             [prompt.lang for prompt in prompts], chat_template=chat_template, system=system,
         )  # fmt: skip
         conditions = _judged_by_fluency(fluency, conditions, neutral)
@@ -138,8 +143,10 @@ def evaluate_plan(
         created_at=datetime.now(UTC),
         plan=plan,
         conditions=tuple(conditions),
-        frame=measured_frame(evaluation_rows(prompts, conditions, seed) + bar_rows(fluency)),
-        examples=tuple(_changed_answers(prompts, *conditions[:2])),
+        frame=measured_frame(
+            evaluation_rows(prompts, groups, conditions, seed) + bar_rows(fluency)
+        ),
+        examples=tuple(_changed_answers(prompts, groups, *conditions[:2])),
         notes=(*standard.notes, *_notes(conditions, neutral, neutral_label, fluency)),
         context={
             "model": bundle.name,
@@ -147,6 +154,8 @@ def evaluate_plan(
             "set_name": "+".join(sorted({prompt.set_name for prompt in prompts})),
             "num_prompts": len(prompts),
             "neutral_label": neutral_label,
+            "group_by": group_by,
+            "behavior": behavior,
             "max_new_tokens": max_new_tokens,
             "seed": seed,
             "detector": DETECTOR if fluency is None else f"{DETECTOR}+{FLUENCY_DETECTOR}",
@@ -233,13 +242,13 @@ def _side_effects(
 
 
 def _changed_answers(
-    prompts: Sequence[Prompt], before: Condition, after: Condition
+    prompts: Sequence[Prompt], groups: Sequence[str], before: Condition, after: Condition
 ) -> list[ChangedAnswer]:
     return [
         ChangedAnswer(
             prompt_id=prompt.prompt_id,
             key=prompt.key,
-            group=group_of(prompt),
+            group=groups[at],
             lang=prompt.lang,
             prompt=prompt.text,
             expected=prompt.expected,
@@ -261,7 +270,7 @@ def _notes(
 ) -> tuple[str, ...]:
     notes: list[str] = []
     if not neutral:
-        notes.append(f"no prompt is labelled {neutral_label!r}: side effects were not measured")
+        notes.append(f"no prompt is in the group {neutral_label!r}: side effects were not measured")
     silent = [at for at in neutral if not conditions[0].answers[at].token_ids]
     if silent:
         notes.append(

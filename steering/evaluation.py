@@ -11,7 +11,7 @@ import pandas as pd
 
 from moescope.probe.generation import Answer
 from moescope.probe.outcomes import OUTCOMES, Judgement, Outcome
-from moescope.steering.condition_names import condition_in_words, control_kind, kind_in_words
+from moescope.steering.condition_names import control_kind, kind_in_words
 from moescope.steering.generate import achieved_in_words
 from moescope.steering.plan import SteeringPlan
 from moescope.steering.report import SteeringReport
@@ -101,10 +101,10 @@ class EvaluationResult:
             raise KeyError((condition, group, metric))
         return float(rows["value"].iloc[0])
 
-    def verdicts(self, behavior: Outcome = "refused") -> tuple[Verdict, ...]:
+    def verdicts(self) -> tuple[Verdict, ...]:
         """Whether the plan is confirmed, for each group of prompts that are not neutral."""
-        neutral = str(self.context.get("neutral_label", "neutral"))
-        return verdicts(self.frame, neutral_label=neutral, behavior=behavior)
+        behavior: Outcome = self.context["behavior"]
+        return verdicts(self.frame, neutral_label=self.context["neutral_label"], behavior=behavior)
 
     def lines(self) -> list[str]:
         """For people to read: outcomes, verdicts, side effects, routing, speed, notes."""
@@ -126,11 +126,14 @@ def _outcome_lines(result: EvaluationResult) -> list[str]:
         rows.append((said if len(names) == 1 else f"{said} ({len(names)} plans)", names))
     width = max(24, *(len(title) for title, _ in rows))
     rates = result.frame[result.frame["metric"].isin(OUTCOMES)]
+    # Broken answers are shown also where there are none: that is what one wants to know.
+    seen = {*rates.loc[rates["value"] > 0, "metric"], "broken"}
+    outcomes = [outcome for outcome in OUTCOMES if outcome in seen]
     for group, found in rates.groupby("group", sort=True):
         head = f"{group}, {found['n'].iloc[0]} prompts"
-        lines.append(f"{head:<{width + 2}}" + "".join(f"{outcome:>20}" for outcome in OUTCOMES))
+        lines.append(f"{head:<{width + 2}}" + "".join(f"{outcome:>20}" for outcome in outcomes))
         for title, names in rows:
-            cells = [_rates(found, names, outcome) for outcome in OUTCOMES]
+            cells = [_rates(found, names, outcome) for outcome in outcomes]
             lines.append(f"  {title:<{width}}" + "".join(f"{cell:>20}" for cell in cells))
     return lines
 
@@ -182,9 +185,9 @@ def _speed_lines(result: EvaluationResult) -> list[str]:
 
 def _routing_lines(result: EvaluationResult) -> list[str]:
     return [
-        f"routing, {condition_in_words(one.name)}: {achieved_in_words(one.report)}"
+        f"routing: {achieved_in_words(one.report)}"
         for one in result.conditions
-        if one.report is not None
+        if one.name == STEERED and one.report is not None
     ]
 
 

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moescope.probe.outcomes import OUTCOMES
-from moescope.probe.prompts import Prompt
+from moescope.probe.prompts import Prompt, prompt_field
 from moescope.steering.evaluation import STEERED, UNLABELLED, UNSTEERED, Condition
 from moescope.steering.fluency import FluencyJudge
 from moescope.steering.rates import Measured, mean_over_units, rate
 from moescope.steering.report import SteeringReport
 
 
-def group_of(prompt: Prompt) -> str:
-    """The group that a prompt counts in: its label."""
-    return UNLABELLED if prompt.label is None else prompt.label
+def group_of(prompt: Prompt, field: str = "label") -> str:
+    """The group that a prompt counts in: the value of a field, its label by default."""
+    value = prompt_field(prompt, field)
+    return UNLABELLED if value is None else str(value)
 
 
 def evaluation_rows(
-    prompts: Sequence[Prompt], conditions: Sequence[Condition], seed: int
+    prompts: Sequence[Prompt], groups: Sequence[str], conditions: Sequence[Condition], seed: int
 ) -> list[Measured]:
     """All rows of an evaluation but those of the bars, the unsteered condition first."""
-    groups = [group_of(prompt) for prompt in prompts]
     units = [
         f"pair {prompt.pair_id}" if prompt.pair_id is not None else f"prompt {prompt.prompt_id}"
         for prompt in prompts

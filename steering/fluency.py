@@ -272,15 +272,23 @@ class FluencyJudge:
         )
 
 
-def paired_neutral(prompts: Sequence[Prompt], neutral_label: str) -> list[Prompt | None]:
-    """For each prompt the neutral one of its pair in its language; a neutral prompt is its own."""
+def paired_neutral(
+    prompts: Sequence[Prompt], groups: Sequence[str], neutral: str
+) -> list[Prompt | None]:
+    """For each prompt the neutral one of its pair in its language; a neutral prompt is its own.
+
+    Args:
+        prompts: the prompts.
+        groups: the group of each.
+        neutral: the group of neutral prompts.
+    """
     partners: dict[tuple[str | None, str | None], Prompt] = {}
-    for prompt in prompts:
-        if prompt.label == neutral_label and prompt.pair_id is not None:
+    for prompt, group in zip(prompts, groups, strict=True):
+        if group == neutral and prompt.pair_id is not None:
             partners.setdefault((prompt.pair_id, prompt.lang), prompt)
     return [
-        prompt if prompt.label == neutral_label else partners.get((prompt.pair_id, prompt.lang))
-        for prompt in prompts
+        prompt if group == neutral else partners.get((prompt.pair_id, prompt.lang))
+        for prompt, group in zip(prompts, groups, strict=True)
     ]
 
 

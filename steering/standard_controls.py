@@ -9,22 +9,19 @@ from a table, so that nobody has to bring the table again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, Literal, get_args
+from typing import Final, Literal, get_args
 
 import numpy as np
 import pandas as pd
 import torch
 
 from moescope.probe.batching import plan_batches
-from moescope.probe.errors import PlanError
 from moescope.probe.generation import Answer, pad_left
 from moescope.probe.models import ModelBundle
 from moescope.probe.recording import record
 from moescope.probe.rendering import RenderedPrompt
 from moescope.probe.routers import LayerInfo, RouterSite
-from moescope.steering.check import RoutedLayer
 from moescope.steering.controls import (
-    bottom_control,
     known_bottom_control,
     load_matched_control,
     random_control,
@@ -110,37 +107,6 @@ class StandardControls:
                 plan = load_matched_control(self._plan, self._infos, self._seeds[name], load)
             found[name] = plan
         return found
-
-
-def with_bottom(
-    plan: SteeringPlan,
-    layers: Sequence[RoutedLayer],
-    ranking: pd.DataFrame,
-    *,
-    rank_by: str | None = None,
-    value: str | None = None,
-) -> SteeringPlan:
-    """The plan with its bottom control in its provenance, or with why there is none.
-
-    Args:
-        plan: made from the ranking.
-        layers: the model's routed layers.
-        ranking: the table.
-        rank_by: its column; see `bottom_control`.
-        value: of a table that is split by a field, the rows of this value.
-    """
-    try:
-        control = bottom_control(plan, layers, 0, ranking, rank_by=rank_by, value=value)
-        kept: dict[str, Any] = {
-            "ranked_by": control.provenance["ranked_by"],
-            "interventions": [
-                one.model_dump(mode="json", exclude_none=True) for one in control.interventions
-            ],
-        }
-    except PlanError as error:
-        kept = {"missing": str(error)}
-    provenance = {**plan.provenance, _BOTTOM: kept}
-    return plan.model_copy(update={"provenance": provenance})
 
 
 def measured_load(

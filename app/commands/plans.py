@@ -99,7 +99,7 @@ def plan_from_table(
             confirmed_only=False if unconfirmed else None, **common,
         )  # fmt: skip
     if routed is not None and any(one.experts for one in plan.interventions):
-        from moescope.steering.standard_controls import with_bottom
+        from moescope.steering.controls import with_bottom
 
         plan = with_bottom(plan, routed, frame, rank_by=rank_by, value=value)
     _finish(plan, out)

@@ -12,6 +12,7 @@ from moescope.app import console
 
 if TYPE_CHECKING:
     from moescope.probe.models import ModelBundle
+    from moescope.probe.outcomes import Outcome
     from moescope.probe.prompts import Prompt
 
 ModelArgument = Annotated[str, typer.Argument(help="demo, a directory, or a hub id[@revision].")]
@@ -74,6 +75,15 @@ def evaluate(
     controls: Annotated[
         int, typer.Option(min=1, help="Seeds of the random and of the load-matched controls.")
     ] = 3,
+    behavior: Annotated[
+        str, typer.Option(help="The outcome that the plan is about: refused, correct, ...")
+    ] = "refused",
+    group_by: Annotated[
+        str, typer.Option(help="The field of prompts that makes the groups.")
+    ] = "label",
+    neutral: Annotated[
+        str, typer.Option(help="The group that a plan should leave alone.")
+    ] = "neutral",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random plans.")] = 0,
@@ -101,6 +111,7 @@ def evaluate(
     from moescope.probe.storage.runs import check_store_target
     from moescope.steering import SteeringPlan
 
+    outcome = _known_outcome(behavior)
     read = SteeringPlan.read(plan)
     chosen = select_prompts(prompts, where)[:limit]
     if store is not None:
@@ -117,7 +128,8 @@ def evaluate(
         result = evaluate_plan(
             bundle, read, chosen, num_controls=controls, seed=seed,
             max_new_tokens=max_new_tokens, progress=update, judge_bundle=judge,
-            judges_fluency=judge_model != "none",
+            judges_fluency=judge_model != "none", behavior=outcome, group_by=group_by,
+            neutral_label=neutral,
         )  # fmt: skip
     if store is not None:
         store_evaluation(store, result)
@@ -151,6 +163,17 @@ def select_prompts(paths: Sequence[str], where: Sequence[str] | None) -> list[Pr
     if not found:
         raise InputError(f"no prompt of {', '.join(paths)} has {' and '.join(where or [])}")
     return found
+
+
+def _known_outcome(name: str) -> Outcome:
+    """An outcome by name; InputError for others."""
+    from moescope.probe.errors import InputError
+    from moescope.probe.outcomes import OUTCOMES
+
+    for outcome in OUTCOMES:
+        if outcome == name:
+            return outcome
+    raise InputError(f"--behavior is {name!r}; the outcomes are {', '.join(OUTCOMES)}")
 
 
 def load(model: str, device: str, dtype: str, trust_remote_code: bool) -> ModelBundle:

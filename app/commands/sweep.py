@@ -98,6 +98,10 @@ def sweep(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the random plans.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the table to FILE.csv.")] = None,
+    figure: Annotated[
+        Path | None,
+        typer.Option(help="Write figures of effect, side effects and dose to FILE.html."),
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -111,7 +115,7 @@ def sweep(
     from moescope.probe.storage.runs import check_store_target
     from moescope.steering.derive import read_contrast_table
 
-    _check_choices(goal, budget, plan_out, out)
+    _check_choices(goal, budget, plan_out, out, figure)
     frame = read_contrast_table(table)
     cells = _cells(counts, mode, strength, layers_window)
     make_controls = _make_controls(
@@ -143,6 +147,32 @@ def sweep(
     else:
         console.print_frame(result.table[list(_SHOWN)])
     _show_best(result, goal, budget, plan_out)
+    if figure is not None:
+        _draw(result, store, figure, group=group, goal=goal, budget=budget)
+
+
+def _draw(
+    result: SweepResult, store: Path, path: Path, *, group: str | None, goal: Any,
+    budget: float | None,
+) -> None:  # fmt: skip
+    """The figures of the sweep's cells, as a page."""
+    from moescope.probe.errors import PlanError
+    from moescope.steering.figure_page import write_figure_page
+    from moescope.steering.stored_sweeps import stored_sweeps
+    from moescope.steering.sweep_figures import sweep_page
+    from moescope.steering.sweep_table import best_cell
+
+    sweep = stored_sweeps(store, result.table["evaluation_id"].tolist())[0]
+    label = group if group is not None else sweep.groups[0]
+    try:
+        best = str(result.table["evaluation_id"].iloc[best_cell(
+            result.table, goal=goal, budget=budget
+        )])  # fmt: skip
+    except PlanError:  # no cell keeps to the budget; the figure shows by how much
+        best = None
+    figures = sweep_page(store, sweep, label, goal=goal, budget=budget, best=best)
+    write_figure_page(path, f"Sweep {sweep.name}", figures)
+    console.say(f"figures written to {path}")
 
 
 def _show_best(result: SweepResult, goal: Any, budget: float | None, plan_out: Path | None) -> None:
@@ -194,17 +224,24 @@ def _numbers(text: str, option: str, kind: Callable[[str], Any]) -> list[Any]:
 
 
 def _check_choices(
-    goal: str, budget: float | None, plan_out: Path | None, out: Path | None
+    goal: str,
+    budget: float | None,
+    plan_out: Path | None,
+    out: Path | None,
+    figure: Path | None,
 ) -> None:
     """Refuse early what would be found wrong only after the sweep."""
     from moescope.probe.errors import InputError
+    from moescope.steering.figure_page import check_figure_target
     from moescope.steering.sweep_table import GOALS
 
     if goal not in GOALS:
         raise InputError(f"--goal is {', '.join(GOALS)}, not {goal!r}")
     if budget is not None and budget != budget:
         raise InputError("--budget is a number of percentage points")
-    for path in (plan_out, out):
+    if figure is not None:
+        check_figure_target(figure)
+    for path in (plan_out, out, figure):
         if path is not None and not path.parent.is_dir():
             raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
 

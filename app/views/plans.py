@@ -9,12 +9,14 @@ import streamlit as st
 
 from moescope.app import state
 from moescope.app.views import layout
+from moescope.probe.errors import PlanError
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from moescope.probe.analysis import AnalysisTable
     from moescope.steering import SteeringPlan
+    from moescope.steering.check import LayerShape
 
 _SCOPES: Final = {"all": "all tokens", "generated": "answer tokens", "prompt": "prompt tokens"}
 
@@ -66,12 +68,21 @@ def _offer_steering() -> None:
 def show_plan(plan: SteeringPlan, *, key: str, beside: Callable[[], None] | None = None) -> None:
     """A plan as a table and as JSON, and its download; `beside` draws more buttons."""
     num_experts = sum(len(one.experts) for one in plan.interventions)
-    num_layers = len({one.layer for one in plan.interventions})
+    num_layers = len({layer for one in plan.interventions for layer in one.on_layers})
     st.markdown(
         f"**{layout.escaped(plan.title)}**: {num_experts} experts in {num_layers} layers, "
-        f"made for {layout.escaped(str(plan.model))} :gray[(id {plan.plan_id})]"
+        f"made for {layout.escaped(plan.model or 'any model')} :gray[(id {plan.plan_id})]"
     )
     text = plan.to_json()
+    drawn, by_expert, written, as_json = st.tabs(["Map", "Experts", "Interventions", "JSON"])
+    layers = _layers_for(plan)
+    with drawn:
+        _show_map(plan, layers, key)
+    with by_expert:
+        layout.show_frame(
+            _expert_rows(plan, layers), key=f"{key}_experts", name=f"{plan.title}-experts",
+            height=340,
+        )  # fmt: skip
 
     def buttons() -> None:
         st.download_button(
@@ -86,11 +97,58 @@ def show_plan(plan: SteeringPlan, *, key: str, beside: Callable[[], None] | None
         if beside is not None:
             beside()
 
-    layout.show_frame(
-        plan_rows(plan), key=f"{key}_plan", name=plan.title, height=340, beside=buttons
-    )
-    with st.expander("JSON"):
+    with written:
+        layout.show_frame(plan_rows(plan), key=f"{key}_plan", name=plan.title, height=340)
+    with as_json:
         st.code(text, language="json", height=320)
+    with st.container(horizontal=True, vertical_alignment="center"):
+        buttons()
+
+
+def _layers_for(plan: SteeringPlan) -> list[LayerShape] | None:
+    """The routed layers of the shown run's model; None where the plan is of another model."""
+    from moescope.steering.check import LayerShape
+
+    run = state.shown_run()
+    if plan.model not in (None, run.info.model):
+        return None
+    rows = state.open_store().layers(run.run_id)[["layer", "kind", "num_experts", "top_k"]]
+    if rows.empty or rows.isna().any(axis=None):
+        return None
+    return [
+        LayerShape(int(row["layer"]), row["kind"], int(row["num_experts"]), int(row["top_k"]))
+        for row in rows.to_dict("records")
+    ]
+
+
+def _show_map(plan: SteeringPlan, layers: list[LayerShape] | None, key: str) -> None:
+    """Layers x experts, with a choice where the model has several kinds of routers."""
+    from moescope.steering.plan_view import kinds_of, plan_map
+
+    alt = f"Plan {plan.title}: layers by experts, those that it acts on marked by action"
+    try:
+        kinds = [] if layers is None else kinds_of(plan, layers)
+        kind = st.selectbox("Routers", kinds, key=f"{key}_kind") if len(kinds) > 1 else None
+        figure = plan_map(plan, layers, kind=kind)
+    except PlanError as error:
+        st.warning(f"The plan does not fit this model: {layout.escaped(str(error))}.")
+        figure, layers = plan_map(plan), None
+    layout.show_figure(figure, key=f"{key}_map", alt=alt)
+    if layers is None:
+        st.caption(
+            "Only what the plan names is drawn: how many experts its model has is not known here."
+        )
+
+
+def _expert_rows(plan: SteeringPlan, layers: list[LayerShape] | None) -> pd.DataFrame:
+    """One row per intervention, layer and expert, without columns that say nothing."""
+    from moescope.steering.plan_view import plan_table
+
+    try:
+        table = plan_table(plan, layers)
+    except PlanError:  # the map says so
+        table = plan_table(plan)
+    return table.dropna(axis="columns", how="all")
 
 
 def upload_plan() -> None:
@@ -116,7 +174,7 @@ def plan_rows(plan: SteeringPlan) -> pd.DataFrame:
 
     rows: list[dict[str, Any]] = [
         {
-            "layer": one.layer,
+            "layers": ", ".join(map(str, one.on_layers)),
             "action": one.setting,
             "experts": ", ".join(str(expert) for expert in one.experts),
             "tokens": scope_in_words(one.tokens),

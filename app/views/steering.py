@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import streamlit as st
 
 from moescope.app import state
-from moescope.app.views import choices, experts, layout, live, plans, prompt_rows
+from moescope.app.views import choices, experts, layout, live, plans, prompt_rows, sweeps
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,20 +33,24 @@ def show() -> None:
     )
     run = state.shown_run()
     plan = _choose_plan(run)
-    one, many = st.tabs(["One prompt", "Many prompts"], key="view", bind="query-params")
+    names = ["One prompt", "Many prompts", "Sweeps"]
+    one, many, doses = st.tabs(names, key="view", bind="query-params")
     if one.open:
         with one:
             _ask_one(run, plan)
     if many.open:
         with many:
             _ask_many(run, plan)
+    if doses.open:
+        with doses:
+            sweeps.show_sweeps()
     state.import_ahead(*live.MODEL)
 
 
 def _choose_plan(run: state.ShownRun) -> SteeringPlan | None:
     """The plan at hand; from the refusal page, a file, or none."""
     plan = state.kept_plan()
-    about, upload, drop = st.columns([6, 1.4, 1.2], vertical_alignment="center")
+    about, upload, drop = st.columns([6, 1.4, 1.2])
     with upload, st.popover("Upload plan", icon=":material/upload:", width="stretch"):
         plans.upload_plan()
         plan = state.kept_plan()
@@ -213,7 +217,7 @@ def _ask_many(run: state.ShownRun, plan: SteeringPlan | None) -> None:
 def _choose_many(
     run: state.ShownRun,
 ) -> tuple[pd.DataFrame, dict[str, tuple[str, ...]], str, int]:
-    """The prompts to evaluate on and their filter, the neutral label, how many random plans."""
+    """The prompts to evaluate on and their filter, the neutral label, the seeds of controls."""
     frame = state.prompts(run)
     fields = state.comparable_fields(run)
     filter_column, number_column, neutral_column, controls_column = st.columns(
@@ -238,7 +242,11 @@ def _choose_many(
             help="Prompts that the plan should leave alone: side effects are measured on these.",
         )  # fmt: skip
     with controls_column:
-        controls = st.number_input("Random plans", 1, 20, 3, key="controls")
+        controls = st.number_input(
+            "Seeds of controls", 1, 20, 2, key="controls",
+            help="Each draws a control of random experts and one of experts of similar load, in "
+            "the layers and numbers of the plan. The bottom of the plan's ranking is one more.",
+        )  # fmt: skip
     return prompt_rows.sampled_prompts(candidates, int(number), 0), kept, neutral, int(controls)
 
 
@@ -265,11 +273,14 @@ def _show_evaluation(run: state.ShownRun, evaluated: live.Evaluated) -> None:
     layout.show_figure(
         outcome_chart(result, run.run_id),
         key="outcomes",
-        alt="Share of each outcome by group of prompts: unsteered, steered, random experts",
+        alt="Share of each outcome by group of prompts: unsteered, steered, controls",
     )
     unsteered = [answer.text for answer in result.conditions[0].answers]
     asked = dict(zip(evaluated.prompt_ids, unsteered, strict=True))
     _warn_of_other_answers(run, asked, state.longest_answer(run))
+    for verdict in result.verdicts():
+        show = st.success if verdict.is_confirmed else st.warning
+        show(layout.escaped(verdict.in_words()))
     for note in result.notes:
         st.caption(f":material/info: {layout.escaped(note)}")
     if evaluated.left_out:
@@ -295,7 +306,7 @@ def _show_evaluation(run: state.ShownRun, evaluated: live.Evaluated) -> None:
 def _offer_keeping(result: EvaluationResult) -> None:
     """Put the rows into the store, when asked to."""
     if st.button("Keep in the store", icon=":material/save:", key="keep_evaluation"):
-        from moescope.steering.evaluate import store_evaluation
+        from moescope.steering.evaluation_store import store_evaluation
 
         with st.spinner("Waiting for the store …"):
             store_evaluation(state.store_path(), result)
@@ -316,11 +327,13 @@ def _row_type() -> Any:
 
 
 def _show_conditions(result: EvaluationResult) -> None:
+    from moescope.steering.condition_names import condition_in_words
     from moescope.steering.generate import achieved_in_words
 
     for condition in result.conditions:
         if condition.report is not None:
-            st.markdown(f"**{condition.name}**: {achieved_in_words(condition.report)}.")
+            name = layout.escaped(condition_in_words(condition.name))
+            st.markdown(f"**{name}**: {achieved_in_words(condition.report)}.")
 
 
 if __name__ == "__main__":

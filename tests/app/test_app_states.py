@@ -231,7 +231,9 @@ def test_an_evaluation_leaves_out_earlier_turns_and_is_kept_on_request(
     app.run()
     assert not app.error and "is in the tables plans and evaluations" in texts(app)
     kept = Store(store).query("SELECT DISTINCT plan_id, condition FROM evaluations")
-    assert set(kept["condition"]) == {"unsteered", "steered", "control:random:0"}
+    assert set(kept["condition"]) == {
+        "unsteered", "steered", "control:random:0", "control:load-matched:0",
+    }  # fmt: skip
     assert plan.plan_id in kept["plan_id"].tolist()
 
 

@@ -30,7 +30,7 @@ COMMANDS = ["demo", "doctor", "families", "models list", "models save", "trace",
             "store migrate", "store log", "sql", "analyze", "contrast", "plan from-table",
             "plan show", "plan check", "generate", "evaluate", "dashboard", "import", "export",
             "plan convert", "plan strategies", "plan control", "plan compose", "plan invert",
-            "decode contrast", "decode remix", "sweep"]  # fmt: skip
+            "decode contrast", "decode remix", "sweep", "lm-eval"]  # fmt: skip
 
 
 def moescope(*words: str | Path) -> subprocess.CompletedProcess[str]:

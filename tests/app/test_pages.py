@@ -361,10 +361,12 @@ def test_an_evaluation_shows_rates_with_intervals_controls_and_what_changed(
     assert not app.error
     rates = table_with(app, "condition", "metric", "value", "low", "high", "n")
     assert set(rates["condition"]) == {
-        "unsteered", "steered", "control:random:0", "control:random:1"}  # fmt: skip
+        "unsteered", "steered", "control:random:0", "control:random:1",
+        "control:load-matched:0", "control:load-matched:1", "control:bottom"}  # fmt: skip
     shares = rates[rates["metric"] == "broken"]
     assert (shares["low"] <= shares["value"]).all() and (shares["value"] <= shares["high"]).all()
     assert set(shares["n"]) == {3}
+    assert "sensitive: not confirmed: refused " in texts(app)
     subtitle = figures(app)[0]["layout"]["title"]["subtitle"]["text"]
     assert str(saved_model) in subtitle and "run base" in subtitle and "6 prompts" in subtitle
 

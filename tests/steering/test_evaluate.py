@@ -207,7 +207,7 @@ def test_progress_reaches_its_total_and_what_is_missing_is_noted(tiny_bundle: An
     )  # fmt: skip
     assert calls[-1] == (8, 8)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
-    assert "no prompt is labelled 'neutral': side effects were not measured" in found.notes
+    assert "no prompt is in the group 'neutral': side effects were not measured" in found.notes
     assert any(note.startswith("fluency was not judged: 0 complied") for note in found.notes)
     assert found.lines()[-len(found.notes) :] == list(found.notes)
 
@@ -233,7 +233,7 @@ def test_the_text_shows_rates_with_the_band_of_the_controls(result: EvaluationRe
     assert "neutral, 2 prompts" in text
     assert "random experts (2 plans)" in text
     assert "side effects on neutral: KL in nats, first token " in text
-    assert "routing, steered: " in text
+    assert "\nrouting: " in text
 
 
 def test_an_evaluation_is_stored_with_its_plans(result: EvaluationResult, tmp_path: Path) -> None:

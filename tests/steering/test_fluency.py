@@ -97,7 +97,7 @@ def test_the_neutral_partner_is_of_the_same_pair_and_language() -> None:
         prompt(4, label="sensitive", lang="en"),
         prompt(5, label="neutral", lang="en"),
     ]
-    found = paired_neutral(asked, "neutral")
+    found = paired_neutral(asked, [one.label or "" for one in asked], "neutral")
     assert [one and one.prompt_id for one in found] == [2, 1, 2, None, None, 5]
 
 

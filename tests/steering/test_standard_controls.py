@@ -14,10 +14,10 @@ from moescope.probe.recording import record
 from moescope.probe.rendering import render_prompt
 from moescope.probe.routers import find_routers
 from moescope.steering import SteeringPlan
-from moescope.steering.controls import bottom_control, load_matched_control
+from moescope.steering.controls import bottom_control, load_matched_control, with_bottom
 from moescope.steering.evaluate import evaluate_plan
 from moescope.steering.generate import Asker, proved_sites
-from moescope.steering.standard_controls import StandardControls, measured_load, with_bottom
+from moescope.steering.standard_controls import StandardControls, measured_load
 
 PLAN = SteeringPlan(
     name="p",
