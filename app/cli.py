@@ -18,6 +18,7 @@ import typer
 
 from moescope.app.commands import (
     analyze,
+    causes,
     decode,
     demo,
     exchange,
@@ -56,6 +57,7 @@ plans.register(app)
 decode.register(app)
 sweep.register(app)
 harness.register(app)
+causes.register(app)
 families.register(app)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moescope.app import console
+from moescope.app.commands.causes import plan_search
 from moescope.app.commands.convert import plan_convert
 from moescope.probe.errors import InputError
 
@@ -35,6 +36,7 @@ def register(app: typer.Typer) -> None:
     plan = typer.Typer(help="Make and check steering plans.", no_args_is_help=True)
     plan.command("from-table")(plan_from_table)
     plan.command("strategies")(plan_strategies)
+    plan.command("search")(plan_search)
     plan.command("control")(plan_control)
     plan.command("compose")(plan_compose)
     plan.command("invert")(plan_invert)

@@ -96,6 +96,9 @@ def evaluate(
     ] = None,
     store: Annotated[Path | None, typer.Option(help="Store the rows in this DuckDB file.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the rows to FILE.csv.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Write the figure of the outcomes to FILE.html.")
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -112,6 +115,10 @@ def evaluate(
     from moescope.steering import SteeringPlan
 
     outcome = _known_outcome(behavior)
+    if figure is not None:
+        from moescope.steering.figure_page import check_figure_target
+
+        check_figure_target(figure)
     read = SteeringPlan.read(plan)
     chosen = select_prompts(prompts, where)[:limit]
     if store is not None:
@@ -135,6 +142,11 @@ def evaluate(
         store_evaluation(store, result)
     if out is not None:
         result.frame.to_csv(out, index=False)
+    if figure is not None:
+        from moescope.steering.figure_page import write_figure_page
+        from moescope.steering.outcome_chart import outcome_chart
+
+        write_figure_page(figure, f"Evaluation of {read.title}", [outcome_chart(result)])
     if as_json:
         console.print_frame(result.frame, as_json=True)
         return

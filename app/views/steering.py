@@ -267,7 +267,7 @@ def _evaluate(
 
 
 def _show_evaluation(run: state.ShownRun, evaluated: live.Evaluated) -> None:
-    from moescope.app.views.outcome_chart import outcome_chart
+    from moescope.steering.outcome_chart import outcome_chart
 
     result = evaluated.result
     layout.show_figure(

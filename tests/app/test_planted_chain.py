@@ -134,3 +134,38 @@ def test_refusal_in_attention_leaves_no_plan_confirmed(
     assert rate(rates, "steered", "sensitive", "refused") == 1
     assert "sensitive: not confirmed: refused +0.00" in text
     assert ": confirmed" not in text
+
+
+def search(planted: PlantedModel, folder: Path) -> tuple[Path, Path, str]:
+    """A set searched for and confirmed, by its command."""
+    model, prompts = saved(planted, folder)
+    plan = folder / "cause.json"
+    text = moescope("plan", "search", model, "--prompts", prompts, "--opening-tokens", "1",
+                    "--max-experts", "3", "--random-sets", "5", "--out", plan)  # fmt: skip
+    return model, plan, text
+
+
+def test_causes_name_the_planted_expert_and_no_other(tmp_path: Path) -> None:
+    planted = expert_refusal(layer=2, expert=3)
+    model, plan, text = search(planted, tmp_path)
+    assert "\nconfirmed on " in text
+    (mask,) = json.loads(plan.read_text())["interventions"]
+    assert (mask["layer"], mask["experts"]) == (2, [3])
+    prompts, table = tmp_path / "questions.jsonl", tmp_path / "effects.csv"
+    for method, column in (("exact", "effect"), ("gradient", "estimate")):
+        moescope("attribute", model, "--prompts", prompts, "--opening-tokens", "1", "--method",
+                 method, "--checked", "3", "--out", table)  # fmt: skip
+        effects = pd.read_csv(table)
+        assert len(effects) == 3 * 8
+        assert (effects["layer"][0], effects["expert"][0]) == (2, 3)
+        assert effects[column][0] < -10
+        assert effects[column][1:].abs().max() < 1e-3
+    judged = moescope("evaluate", model, "--plan", plan, "--prompts", prompts, "--controls", "1",
+                      "--max-new-tokens", "6")  # fmt: skip
+    assert "sensitive: confirmed: refused -1.00" in judged
+
+
+def test_causes_offer_no_plan_where_attention_refuses(tmp_path: Path) -> None:
+    _, plan, text = search(attention_refusal(), tmp_path)
+    assert "there is no set to confirm, and no plan" in text
+    assert not plan.exists()

@@ -19,8 +19,13 @@ _SECOND_LINE: Final = 18
 _NAME_WIDTH: Final = 19
 
 
-def outcome_chart(result: EvaluationResult, run_id: str) -> Figure:
-    """One panel per group of prompts: conditions down, shares with 95 % intervals across."""
+def outcome_chart(result: EvaluationResult, run_id: str | None = None) -> Figure:
+    """One panel per group of prompts: conditions down, shares with 95 % intervals across.
+
+    Args:
+        result: the evaluation.
+        run_id: the run that the prompts were taken from, where they were.
+    """
     from plotly.subplots import make_subplots
 
     from moescope.probe.figures.heading import set_heading
@@ -39,11 +44,11 @@ def outcome_chart(result: EvaluationResult, run_id: str) -> Figure:
             rows = part[part["metric"] == outcome]
             figure.add_trace(_points(rows, outcome, is_first=column == 1), row=1, col=column)
     context = result.context
+    source = str(context["model"]) if run_id is None else f"{context['model']} · run {run_id}"
     set_heading(
         figure, "Outcomes without the plan, with it, and under controls",
-        f"{context['model']} · run {run_id} · {context['num_prompts']} prompts of "
-        f"{context['set_name']} · greedy, up to {context['max_new_tokens']} tokens · "
-        f"plan {result.plan.plan_id}",
+        f"{source} · {context['num_prompts']} prompts of {context['set_name']} · "
+        f"greedy, up to {context['max_new_tokens']} tokens · plan {result.plan.plan_id}",
         plot_height=150 + _ROW_HEIGHT * len(conditions),
     )  # fmt: skip
     figure.update_layout(

@@ -1,0 +1,288 @@
+"""What experts cause: `attribute`, and `plan search` for a set of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
+
+import typer
+
+from moescope.app import console
+from moescope.app.commands.steer import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    TrustOption,
+    load,
+    select_prompts,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moescope.probe.models import ModelBundle
+    from moescope.probe.prompts import Prompt
+    from moescope.steering.causes.asking import Question, TargetName
+    from moescope.steering.causes.scan_plan import Mode
+
+Method = Literal["gradient", "integrated", "exact"]
+
+PromptsOption = Annotated[
+    list[str], typer.Option(help="A prompt file, or a shipped set; may be repeated.")
+]
+WhereOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Keep prompts with FIELD=VALUE[,VALUE]; may be repeated."),
+]
+TargetOption = Annotated[
+    str,
+    typer.Option(
+        help="opening: its own refusal against the known answer; answer: the known answer's "
+        "log-probability; loss: of the prompt; own: its own answer's log-probability."
+    ),
+]
+ModeOption = Annotated[str, typer.Option(help="How experts go: drop, drop_renorm, replace.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Only so many prompts, drawn.")]
+SeedOption = Annotated[int, typer.Option(help="Of everything drawn at random.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command()(attribute)
+
+
+def attribute(
+    model: ModelArgument,
+    prompts: PromptsOption,
+    target: TargetOption = "opening",
+    where: WhereOption = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="gradient: all experts in one backward pass; integrated: several passes, nearer "
+            "to large effects; exact: every expert taken out."
+        ),
+    ] = "gradient",
+    mode: ModeOption = "drop",
+    opening_tokens: Annotated[
+        int, typer.Option(min=1, help="Of opening: tokens of each text that count.")
+    ] = 4,
+    passes: Annotated[int, typer.Option(min=1, help="Of integrated.")] = 5,
+    checked: Annotated[
+        int, typer.Option(min=0, help="Experts whose exact effect is measured beside estimates.")
+    ] = 24,
+    contrast: Annotated[
+        Path | None, typer.Option(help="A contrast's table, whose columns are set beside.")
+    ] = None,
+    limit: LimitOption = None,
+    seed: SeedOption = 0,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Of exact: keep finished parts in this DuckDB file, to go on there."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the table to FILE.csv, .parquet or .json.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to print.")] = 20,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Which experts cause it: the change of a target when one expert is taken out.
+
+    Example: moescope attribute demo --prompts refusal --where half=first --target opening
+    """
+    from moescope.probe.analysis.export import check_suffix, write_frame
+
+    known_target, known_mode = _target(target), _mode(mode)
+    chosen = _method(method)
+    if out is not None:
+        check_suffix(out)
+    asked = select_prompts(prompts, where)
+    beside = None if contrast is None else _contrast(contrast)
+    bundle = load(model, device, dtype, trust_remote_code)
+    question = _ask(bundle, asked, known_target, opening_tokens, limit, seed)
+    frame, notes = _effects(
+        bundle, question, chosen, known_mode, passes=passes, checked=checked, seed=seed,
+        store=store,
+    )  # fmt: skip
+    if beside is not None:
+        frame = frame.merge(beside, on=["layer", "expert"], how="left")
+    if out is not None:
+        write_frame(frame, out)
+    if as_json:
+        console.print_frame(frame, as_json=True)
+        return
+    console.emit(f"{bundle.name}: {question.note}")
+    for note in notes:
+        console.emit(note)
+    console.print_frame(frame.head(rows))
+    if len(frame) > rows:
+        console.emit(f"... {len(frame) - rows} more rows; --out FILE.csv writes them all")
+
+
+def plan_search(
+    model: ModelArgument,
+    prompts: PromptsOption,
+    out: Annotated[Path, typer.Option(help="The plan file to write.")],
+    target: TargetOption = "opening",
+    where: WhereOption = None,
+    max_experts: Annotated[int, typer.Option(min=1, help="The set's largest size.")] = 14,
+    budget: Annotated[
+        float,
+        typer.Option(min=0, help="Nats a token that neutral answers may lose in likelihood."),
+    ] = 0.05,
+    mode: ModeOption = "replace",
+    bound: Annotated[
+        float, typer.Option(help="Nats beyond which a prompt's target is as good as won.")
+    ] = 10.0,
+    opening_tokens: Annotated[
+        int, typer.Option(min=1, help="Of opening: tokens of each text that count.")
+    ] = 4,
+    exact: Annotated[int, typer.Option(min=1, help="Experts measured exactly in a step.")] = 8,
+    beam: Annotated[int, typer.Option(min=1, help="Sets carried on side by side.")] = 1,
+    group: Annotated[int, typer.Option(min=1, help="Experts that join in a step.")] = 1,
+    neutral: Annotated[str, typer.Option(help="The label of prompts to be left alone.")] = (
+        "neutral"
+    ),
+    limit: Annotated[
+        int, typer.Option(min=1, help="Prompts of each kind that the search uses, drawn.")
+    ] = 80,
+    random_sets: Annotated[
+        int, typer.Option(min=1, help="Random sets beside the confirmation.")
+    ] = 20,
+    seed: SeedOption = 0,
+    name: Annotated[str | None, typer.Option(help="The plan's name.")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Search for a set of experts that causes it, and confirm it on other units.
+
+    Half of the units (pairs, else prompts) are searched on, the other half confirms. Experts join
+    one by one, each time anew by what they cause with the others gone, while neutral answers keep
+    to the budget.
+
+    Example: moescope plan search demo --prompts refusal --where half=first --out cause.json
+    """
+    from moescope.steering.causes.found import search_and_confirm
+
+    known_target, known_mode = _target(target), _mode(mode)
+    asked = select_prompts(prompts, where)
+    about = [one for one in asked if one.label != neutral]
+    beside = [one for one in asked if one.label == neutral]
+    bundle = load(model, device, dtype, trust_remote_code)
+    with console.progress("searching", "experts") as update:
+        found = search_and_confirm(
+            bundle, about, beside, known_target, max_experts=max_experts, budget=budget,
+            mode=known_mode, bound=bound, num_tokens=opening_tokens, num_exact=exact, beam=beam,
+            group=group, most=limit, num_random=random_sets, seed=seed, name=name,
+            told=lambda _, done, total: update(done, total),
+        )  # fmt: skip
+    if found.plan is not None:
+        found.plan.write(out)
+    if as_json:
+        console.print_frame(found.found.frame(), as_json=True)
+        return
+    for line in found.lines():
+        console.emit(line)
+    if found.plan is not None:
+        console.say(f"plan written to {out}")
+
+
+def _ask(
+    bundle: ModelBundle,
+    prompts: Sequence[Prompt],
+    target: TargetName,
+    num_tokens: int,
+    limit: int | None,
+    seed: int,
+) -> Question:
+    from moescope.steering.causes.asking import ask
+
+    with console.progress("answering", "prompts") as update:
+        return ask(
+            bundle, prompts, target, num_tokens=num_tokens, most=limit, seed=seed, progress=update
+        )
+
+
+def _effects(
+    bundle: ModelBundle,
+    question: Question,
+    method: Method,
+    mode: Mode,
+    *,
+    passes: int,
+    checked: int,
+    seed: int,
+    store: Path | None,
+) -> tuple[pd.DataFrame, list[str]]:
+    """The table, largest effect first, and what must be said beside it."""
+    from moescope.steering.causes import ablation, attribution
+
+    if method == "exact":
+        with console.progress("taking experts out", "rows") as update:
+            scan = ablation.scan(
+                bundle, question.rows, question.rendered, mode=mode, progress=update, store=store
+            )
+        frame, notes, column = scan.frame(question.units, seed=seed), list(scan.notes), "effect"
+    else:
+        with console.progress("attributing", "batches") as update:
+            found = attribution.attribute(
+                bundle, question.rows, question.rendered, mode=mode, num_checked=checked,
+                integrated_steps=passes if method == "integrated" else None, seed=seed,
+                progress=update,
+            )  # fmt: skip
+        frame, column = found.frame(question.units, seed=seed), "estimate"
+        notes = [f"{found.method}; {found.cost:g} forwards"]
+        if found.agreement is not None:
+            notes.append(str(found.agreement))
+    order = frame[column].abs().sort_values(ascending=False, kind="stable").index
+    return frame.loc[order].reset_index(drop=True), notes
+
+
+def _contrast(path: Path) -> pd.DataFrame:
+    """What a contrast says of each expert, by columns that name it."""
+    from moescope.steering.derive import read_contrast_table
+
+    table = read_contrast_table(path)
+    names = [
+        one for one in ("score", "risk_difference", "effect", "q", "confirmed") if one in table
+    ]
+    renamed = {one: f"contrast_{one}" for one in names}
+    return table[["layer", "expert", *names]].rename(columns=renamed)
+
+
+def _target(name: str) -> TargetName:
+    from moescope.probe.errors import InputError
+    from moescope.steering.causes.asking import TARGETS
+
+    for target in TARGETS:
+        if target == name:
+            return target
+    raise InputError(f"--target is {name!r}; the targets are {', '.join(TARGETS)}")
+
+
+def _mode(name: str) -> Mode:
+    from moescope.probe.errors import InputError
+    from moescope.steering.causes.scan_plan import Mode
+
+    for mode in get_args(Mode):
+        if mode == name:
+            found: Mode = mode
+            return found
+    raise InputError(f"--mode is {name!r}; the modes are {', '.join(get_args(Mode))}")
+
+
+def _method(name: str) -> Method:
+    from moescope.probe.errors import InputError
+
+    for method in get_args(Method):
+        if method == name:
+            found: Method = method
+            return found
+    raise InputError(f"--method is {name!r}; the methods are {', '.join(get_args(Method))}")
