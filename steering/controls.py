@@ -195,8 +195,8 @@ def known_bottom_control(plan: SteeringPlan, layers: Sequence[RoutedLayer]) -> S
     Raises:
         PlanError: what stands there does not fit the layers.
     """
-    kept = plan.provenance.get("bottom")
-    if not isinstance(kept, Mapping) or not kept.get("interventions"):
+    kept: Any = plan.provenance.get("bottom")
+    if not isinstance(kept, dict) or not kept.get("interventions"):
         return None
     control = SteeringPlan(
         name=f"bottom control of {plan.title}",

@@ -71,24 +71,24 @@ def verdicts(
 
 
 def _verdict(frame: pd.DataFrame, group: str, behavior: Outcome) -> Verdict:
-    found = frame[(frame["condition"] == "steered") & (frame["group"] == group)].set_index("metric")
-    change, low, high = (float(found.at[f"{behavior}_change", name]) for name in _ENDS)
-    metric = f"{behavior}_beyond_controls"
-    beyond = (
-        tuple(float(found.at[metric, name]) for name in _ENDS) if metric in found.index else None
-    )
-    broken = 0.0 if behavior == "broken" else float(found.at["broken_change", "value"])
+    found = frame[(frame["condition"] == "steered") & (frame["group"] == group)]
+    numbers = {
+        str(row["metric"]): tuple(float(row[name]) for name in ("value", "low", "high"))
+        for row in found.to_dict("records")
+    }
+    change, low, high = numbers[f"{behavior}_change"]
+    beyond = numbers.get(f"{behavior}_beyond_controls")
+    broken = 0.0 if behavior == "broken" else numbers["broken_change"][0]
+    n = int(found.loc[found["metric"] == f"{behavior}_change", "n"].iloc[0])
     is_confirmed, why = _judge(change, low, high, beyond, broken)
     said = f"{behavior} {change:+.2f} [{low:+.2f}, {high:+.2f}]"
     if beyond is not None:
         said += f", {beyond[0]:+.2f} [{beyond[1]:+.2f}, {beyond[2]:+.2f}] beyond the controls"
+    middle, beyond_low, beyond_high = beyond or (None, None, None)
     return Verdict(
-        group, behavior, change, low, high, *(beyond or (None, None, None)), broken,
-        int(found.at[f"{behavior}_change", "n"]), is_confirmed, f"{said}; {why}",
+        group, behavior, change, low, high, middle, beyond_low, beyond_high, broken, n,
+        is_confirmed, f"{said}; {why}",
     )  # fmt: skip
-
-
-_ENDS = ("value", "low", "high")
 
 
 def _judge(

@@ -1,7 +1,8 @@
 """The story of refusal: find the experts, mask them, and see whether answers come back.
 
-Experts that go with refusing are found and confirmed on the first half of the questions; masking
-them is judged on the second half, beside other experts of the same layers. The model knows what it
+Experts are found twice on the first half of the questions: by use (a contrast of refused against
+answered prompts) and by cause (a search for a set whose removal ends the refusal). Masking each set
+is judged on the second half, beside other experts of the same layers. The model knows what it
 refuses, so an answer is right or wrong, not just no refusal.
 """
 
@@ -13,19 +14,32 @@ from moescope.app import console
 from moescope.app.commands.demo import MAX_NEW_TOKENS, MODEL, RUN, DemoModel
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import pandas as pd
+
     from moescope.probe.analysis import AnalysisTable
     from moescope.probe.storage.store import Store
     from moescope.steering import SteeringPlan
+    from moescope.steering.causes.asking import OwnAnswer
+    from moescope.steering.causes.found import SearchedPlan
+    from moescope.steering.evaluation import Condition
 
 NUM_MASKED: Final = 19  # 8 % of the experts, as in the page on the demo models
 NUM_SHOWN: Final = 8
 NUM_CONTROLS: Final = 2
+MAX_CAUSES: Final = 14
+NUM_SEARCHED: Final = 40  # prompts of each kind that the search uses
+NUM_EXACT: Final = 6
 
 
 def tell_refusal(model: DemoModel) -> None:
     """Find, steer and judge, each step shown as it is done."""
     table = _show_refusal_experts(model.store)
-    _show_steering(model, table)
+    found = _show_causes(model, table.frame)
+    unsteered = _show_steering(model, _plan_by_use(model, table), "by use")
+    if found.plan is not None:
+        _show_steering(model, found.plan, "by cause", unsteered)
 
 
 def _show_refusal_experts(store: Store) -> AnalysisTable:
@@ -53,13 +67,55 @@ def _show_refusal_experts(store: Store) -> AnalysisTable:
     return table
 
 
-def _show_steering(model: DemoModel, table: AnalysisTable) -> None:
-    """Mask those experts and judge the answers of the second half against random experts."""
+def _show_causes(model: DemoModel, contrast: pd.DataFrame) -> SearchedPlan:
+    """A set of experts that causes the refusal, and what the contrast said of each."""
     from moescope.app.commands.steer import select_prompts
+    from moescope.steering.causes.found import search_and_confirm
+
+    prompts = select_prompts(["refusal"], ["half=first"])
+    with console.progress("searching for causes", "experts") as update:
+        found = search_and_confirm(
+            model.bundle,
+            [one for one in prompts if one.label == "sensitive"],
+            [one for one in prompts if one.label == "neutral"],
+            "opening", max_experts=MAX_CAUSES, most=NUM_SEARCHED, num_exact=NUM_EXACT,
+            name="less-refusal-by-cause", known=_own_answers(model.store),
+            told=lambda _, done, total: update(done, total),
+        )  # fmt: skip
+    console.emit("Causes: experts whose removal, one after the other, ends the refusal")
+    for line in found.notes:
+        console.emit(line)
+    steps = found.found.frame()[["step", "layer", "expert", "change", "loss", "cost"]]
+    beside = contrast[["layer", "expert", "risk_difference", "confirmed"]].rename(
+        columns={"risk_difference": "used_more_by", "confirmed": "use_confirmed"}
+    )
+    console.print_frame(steps.merge(beside, on=["layer", "expert"], how="left"))
+    if found.confirmed is not None:
+        console.emit(found.confirmed.in_words())
+    console.emit("")
+    return found
+
+
+def _own_answers(store: Store) -> Mapping[int, OwnAnswer]:
+    """What the run recorded as the model's own answers, by the number of the prompt in its set."""
+    from moescope.probe.prompts import read_prompts
+    from moescope.steering.causes.asking import OwnAnswer
+
+    rows = store.query(
+        "SELECT key, response, outcome FROM prompts WHERE run_id = $run AND set_name = 'refusal'",
+        {"run": RUN},
+    )
+    number = {one.key: one.prompt_id for one in read_prompts(["refusal"])}
+    return {
+        number[row["key"]]: OwnAnswer(row["response"], row["outcome"])
+        for row in rows.to_dict("records")
+    }
+
+
+def _plan_by_use(model: DemoModel, table: AnalysisTable) -> SteeringPlan:
+    """The experts of the contrast with the largest confirmed effects, masked."""
     from moescope.steering.controls import with_bottom
     from moescope.steering.derive import plan_from_contrast
-    from moescope.steering.evaluate import evaluate_plan
-    from moescope.steering.evaluation_store import store_evaluation
 
     plan = plan_from_contrast(
         table.frame,
@@ -69,27 +125,35 @@ def _show_steering(model: DemoModel, table: AnalysisTable) -> None:
         model=MODEL,
         provenance={"run": RUN, "method": "risk_difference", **_group_sizes(table)},
     )
-    plan = with_bottom(plan, model.layers, table.frame)
-    plan_file = model.store_path.with_name("less-refusal.json")
+    return with_bottom(plan, model.layers, table.frame)
+
+
+def _show_steering(
+    model: DemoModel, plan: SteeringPlan, how: str, unsteered: Condition | None = None
+) -> Condition:
+    """Mask a plan's experts and judge the answers of the second half beside controls."""
+    from moescope.app.commands.steer import select_prompts
+    from moescope.steering.evaluate import evaluate_plan
+    from moescope.steering.evaluation_store import store_evaluation
+
+    plan_file = model.store_path.with_name(f"{plan.name}.json")
     plan.write(plan_file)
-    with console.progress("steering", "answers") as update:
+    with console.progress(f"steering {how}", "answers") as update:
         result = evaluate_plan(
-            model.bundle,
-            plan,
-            select_prompts(["refusal"], ["half=second"]),
-            num_controls=NUM_CONTROLS,
-            max_new_tokens=MAX_NEW_TOKENS,
-            judge_bundle=model.judge,
-            progress=update,
-        )
+            model.bundle, plan, select_prompts(["refusal"], ["half=second"]),
+            num_controls=NUM_CONTROLS if unsteered is None else 1, unsteered=unsteered,
+            max_new_tokens=MAX_NEW_TOKENS, judge_bundle=model.judge, progress=update,
+        )  # fmt: skip
     store_evaluation(model.store_path, result)
-    console.emit(f"Steering: {NUM_MASKED} experts masked; prompts of the second half only")
+    count = sum(len(one.experts) for one in plan.interventions)
+    console.emit(f"Steering {how}: {count} experts masked; prompts of the second half only")
     console.emit(_known_truth(plan))
     for line in result.lines():
         console.emit(line)
     console.emit(
         f"The plan is in {plan_file}; the rates are in {model.store_path}, table evaluations\n"
     )
+    return result.conditions[0]
 
 
 def _known_truth(plan: SteeringPlan) -> str:

@@ -255,7 +255,7 @@ class _Scanner:
         if len(pairs):
             around = self.plan.stacks[module]
             if module not in self._savings:
-                self._savings[module], _ = proved_savings(
+                self._savings[module] = proved_savings(
                     self.bench, stored, router, around, pairs, self.ladder
                 )
             savings = self._savings[module]

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -19,6 +19,7 @@ import numpy as np
 from moescope.probe.errors import InputError
 from moescope.probe.generation import generate_answers
 from moescope.probe.models import ModelBundle
+from moescope.probe.outcomes import Outcome
 from moescope.probe.prompts import Prompt
 from moescope.probe.rendering import ChatTemplate, RenderedPrompt, render_prompt
 from moescope.steering.causes.targets import (
@@ -38,6 +39,25 @@ TARGETS: Final[tuple[TargetName, ...]] = get_args(TargetName)
 DIRECTIONS: Final[dict[TargetName, Literal["lower", "raise"]]] = {
     "opening": "lower", "answer": "raise", "loss": "lower", "own": "raise",
 }  # fmt: skip
+
+#: Targets that are about the model's own answer, with the outcomes that let a prompt take part.
+_OWN_ANSWER: Final[Mapping[str, tuple[Outcome, ...]]] = {
+    "opening": ("refused",), "own": ("correct", "other"),
+}  # fmt: skip
+_WHO: Final[Mapping[str, str]] = {
+    "opening": "those refused, with a known answer", "answer": "those with a known answer",
+    "loss": "all", "own": "those answered",
+}  # fmt: skip
+#: As many prompts are answered at once, at least.
+_FEWEST_ASKED: Final = 32
+
+
+@dataclass(frozen=True)
+class OwnAnswer:
+    """What the model answers by itself, and what came of it."""
+
+    text: str
+    outcome: Outcome
 
 
 @dataclass(frozen=True)
@@ -74,6 +94,7 @@ def ask(
     seed: int = 0,
     chat_template: ChatTemplate = "auto",
     system: str | None = None,
+    known: Mapping[int, OwnAnswer] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Question:
     """The prompts that can be asked, with the target's rows.
@@ -84,10 +105,12 @@ def ask(
         target: what is measured.
         num_tokens: of `opening`: tokens of each text that count; all of them where None.
         max_new_tokens: the model's own answers are cut here.
-        most: only so many prompts, drawn with `seed`.
+        most: only so many prompts that take part, drawn with `seed`; no more are answered than
+            that needs.
         seed: of that draw.
         chat_template: whether prompts are rendered through the tokenizer's template.
         system: a system message.
+        known: what the model answered by itself, by prompt id, where that was recorded.
         progress: called with (answers done, answers in all).
 
     Raises:
@@ -97,34 +120,28 @@ def ask(
         render_prompt(bundle.tokenizer, prompt, chat_template=chat_template, system=system)
         for prompt in prompts
     ]
-    answers: dict[int, str] = {}
-    takes_part = [True] * len(prompts)
-    why = "all"
-    if target in ("opening", "own"):
-        wanted = ("refused",) if target == "opening" else ("correct", "other")
-        why = "those refused" if target == "opening" else "those answered"
-        found = generate_answers(bundle, rendered, max_new_tokens=max_new_tokens, progress=progress)
-        for at, (prompt, answer) in enumerate(zip(prompts, found, strict=True)):
-            takes_part[at] = judged(prompt, answer).outcome in wanted and bool(answer.text)
-            answers[prompt.prompt_id] = answer.text
-    if target in ("opening", "answer"):
-        why += ", with a known answer"
-        takes_part = [
-            is_in and bool(prompt.expected)
-            for is_in, prompt in zip(takes_part, prompts, strict=True)
-        ]
-    kept = [at for at, is_in in enumerate(takes_part) if is_in]
+    order = list(range(len(prompts)))
+    if most is not None:
+        order = np.random.default_rng(seed).permutation(len(prompts)).tolist()
+    step = len(order) if most is None else max(_FEWEST_ASKED, 2 * most)
+    kept: list[int] = []
+    own = dict(known or {})
+    num_asked = 0
+    while num_asked < len(order) and (most is None or len(kept) < most):
+        some = order[num_asked : num_asked + step]
+        num_asked += len(some)
+        if target in _OWN_ANSWER:
+            missing = [at for at in some if prompts[at].prompt_id not in own]
+            own |= _answered(bundle, [rendered[at] for at in missing], max_new_tokens, progress)
+        kept += [at for at in some if _takes_part(target, prompts[at], own)]
+    kept = sorted(kept[:most])
     if not kept:
         raise InputError(
-            f"target {target!r} takes {why} of the prompts, and of {len(prompts)} there is none"
+            f"target {target!r} takes {_WHO[target]}, and of {len(prompts)} prompts there is none"
         )
-    num_able = len(kept)
-    if most is not None and most < num_able:
-        draw = np.random.default_rng(seed).permutation(num_able)[:most]
-        kept = [kept[at] for at in sorted(draw)]
-    chosen = _target(target, answers, num_tokens)
+    texts = {number: one.text for number, one in own.items()}
+    chosen = _target(target, texts, num_tokens)
     members = [rendered[at] for at in kept]
-    drawn = f", {len(kept)} of them drawn" if len(kept) < num_able else ""
     return Question(
         name=target,
         unit=chosen.unit,
@@ -132,8 +149,34 @@ def ask(
         rendered=tuple(members),
         rows=tuple(target_rows(bundle, chosen, members)),
         units=tuple(unit_of(prompts[at]) for at in kept),
-        note=f"target {target}, {chosen.unit}: {num_able} of {len(prompts)} prompts ({why}){drawn}",
+        note=f"target {target}, {chosen.unit}: {len(kept)} prompts ({_WHO[target]}; "
+        f"{num_asked} of {len(prompts)} looked at)",
     )
+
+
+def _answered(
+    bundle: ModelBundle,
+    rendered: Sequence[RenderedPrompt],
+    max_new_tokens: int,
+    progress: Callable[[int, int], None] | None,
+) -> dict[int, OwnAnswer]:
+    """What the model answers by itself, by prompt id."""
+    if not rendered:
+        return {}
+    answers = generate_answers(bundle, rendered, max_new_tokens=max_new_tokens, progress=progress)
+    return {
+        one.prompt.prompt_id: OwnAnswer(answer.text, judged(one.prompt, answer).outcome)
+        for one, answer in zip(rendered, answers, strict=True)
+    }
+
+
+def _takes_part(target: TargetName, prompt: Prompt, own: Mapping[int, OwnAnswer]) -> bool:
+    if target in ("opening", "answer") and not prompt.expected:
+        return False
+    if target not in _OWN_ANSWER:
+        return True
+    answer = own[prompt.prompt_id]
+    return bool(answer.text) and answer.outcome in _OWN_ANSWER[target]
 
 
 def unit_of(prompt: Prompt) -> str:
@@ -141,7 +184,7 @@ def unit_of(prompt: Prompt) -> str:
     return f"pair {prompt.pair_id}" if prompt.pair_id is not None else f"prompt {prompt.prompt_id}"
 
 
-def _target(name: TargetName, answers: dict[int, str], num_tokens: int | None) -> Target:
+def _target(name: TargetName, answers: Mapping[int, str], num_tokens: int | None) -> Target:
     if name == "opening":
         return OpeningDifference(first=answers, num_tokens=num_tokens)
     if name == "own":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,14 @@ import numpy as np
 from moescope.probe.errors import InputError
 from moescope.probe.models import ModelBundle
 from moescope.probe.prompts import Prompt
-from moescope.steering.causes.asking import DIRECTIONS, Question, TargetName, ask, unit_of
+from moescope.steering.causes.asking import (
+    DIRECTIONS,
+    OwnAnswer,
+    Question,
+    TargetName,
+    ask,
+    unit_of,
+)
 from moescope.steering.causes.confirm import Confirmed, confirm_set, halves_of_units
 from moescope.steering.causes.scan_plan import Mode
 from moescope.steering.causes.search import Aim, FoundSet, Told, search_set
@@ -75,6 +82,7 @@ def search_and_confirm(
     num_random: int = 20,
     seed: int = 0,
     name: str | None = None,
+    known: Mapping[int, OwnAnswer] | None = None,
     tokens_per_batch: int = 1024,
     told: Told | None = None,
 ) -> SearchedPlan:
@@ -98,6 +106,7 @@ def search_and_confirm(
         num_random: random sets beside the confirmation.
         seed: of the halves, the draws and the random sets.
         name: of the plan.
+        known: what the model answered by itself, by prompt id, where that was recorded.
         tokens_per_batch: see `search_set`.
         told: see `search_set`.
 
@@ -108,14 +117,13 @@ def search_and_confirm(
     is_first = halves_of_units(units, [one.label for one in (*prompts, *neutral)], seed)
     if is_first.all() or not is_first.any():
         raise InputError("a search needs at least two units (pair_id), and these prompts are one")
-    options = {"num_tokens": num_tokens, "most": most, "seed": seed}
     halves: list[tuple[Question, Question | None]] = []
     for mine in (is_first, ~is_first):
         about = [one for one, is_in in zip(prompts, mine, strict=False) if is_in]
         beside = [one for one, is_in in zip(neutral, mine[len(prompts) :], strict=True) if is_in]
         halves.append((
-            ask(bundle, about, target, **options),
-            ask(bundle, beside, "own", **options) if beside else None,
+            ask(bundle, about, target, num_tokens=num_tokens, most=most, seed=seed, known=known),
+            ask(bundle, beside, "own", most=most, seed=seed, known=known) if beside else None,
         ))  # fmt: skip
     (question, cost), (other, other_cost) = halves
     found = search_set(

@@ -5,7 +5,7 @@ The reference is `steer` with a `mask`, the way in which anybody would take the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,29 +68,28 @@ def proved_savings(
     around: Stack | None,
     pairs: Pairs,
     ladder: Sequence[Savings] = LADDER,
-) -> tuple[Savings, Pairs]:
-    """The fastest way that gives what whole forwards give, and the pairs it was proved on.
+) -> Savings:
+    """The fastest way that gives what whole forwards give.
 
     Raises:
         MoescopeError: not even whole forwards give the same as `steer`.
     """
     sample = _sample(pairs)
     wanted = _by_steering(bench, stored, router, sample)
-    run: Callable[[Savings], Tensor] = lambda savings: without_experts(  # noqa: E731
-        bench.bundle, stored, router, around, sample, bench.prompt_ids, savings
-    )
     is_last = around is not None and around.is_last
     rest = bench.rest_of_plan(router.site)
     why = "the numbers differ"
     for savings in usable(ladder, stored.cache is not None, is_last):
         try:
-            with steer(bench.bundle.model, rest, sites=None):
-                found = run(savings)
+            with steer(bench.bundle.model, rest):
+                found = without_experts(
+                    bench.bundle, stored, router, around, sample, bench.prompt_ids, savings
+                )
         except REFUSALS as error:
             why = str(error)
             continue
         if same_values(found, wanted):
-            return savings, sample
+            return savings
     raise MoescopeError(
         f"{router.site.where}: taking experts out row by row gives other numbers than a mask plan, "
         f"so nothing can be measured there ({why}); does the model draw anything at random?"
@@ -107,16 +106,15 @@ def _sample(pairs: Pairs) -> Pairs:
     """A few rows of two experts: the one whose changes begin last, and the most frequent one."""
     last = pairs.places[-1]
     most = pairs.places.bincount().argmax()
-    at = [(pairs.places == one).nonzero()[:, 0][-_ROWS:] for one in (most, last)]
-    chosen = torch.cat(at if most != last else at[:1]).unique()
-    return pairs.chosen(chosen)
+    at = [(pairs.places == one).nonzero()[:, 0][-_ROWS:].tolist() for one in (most, last)]
+    return pairs.chosen(torch.tensor(sorted({*at[0], *at[1]})))
 
 
 def _by_steering(bench: Bench, stored: StoredBatch, router: AblatedRouter, sample: Pairs) -> Tensor:
     """The sample's values under `steer` with the whole plan, one forward an expert."""
     info = router.site.info
     found = torch.zeros(len(sample), device=stored.values.device)
-    for expert in sample.experts.unique().tolist():
+    for expert in sorted(set(sample.experts.tolist())):
         mask = router.mask.model_copy(
             update={"layer": info.layer, "kind": info.kind, "experts": (expert,)}
         )

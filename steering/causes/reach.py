@@ -95,7 +95,7 @@ def changed_tokens(
         edits = router.edits(
             [one.repeat(times) if isinstance(one, Tensor) else one for one in places], masked_TE
         )
-        given = {
+        given: dict[str, Any] = {
             name: one.repeat(times, 1)
             if name in ("table_ids_TK", "shared_logits_TS") and isinstance(one, Tensor)
             else one

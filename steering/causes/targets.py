@@ -63,8 +63,15 @@ class TargetRow:
 class Target(Protocol):
     """What is asked about; one number per prompt, in `unit`."""
 
-    name: str
-    unit: str
+    @property
+    def name(self) -> str:
+        """What error messages and tables call it."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """Of its values."""
+        ...
 
     def rows(
         self, bundle: ModelBundle, rendered: RenderedPrompt, prompt: int

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -72,32 +73,39 @@ def zoo_case(family: str, lengths: Sequence[int] = (13, 9, 12, 5)) -> Case:
     return bundle, rows, rendered
 
 
-def by_plans(case: Case, found: AblationScan, *base: Intervention, **mask: Any) -> Any:
-    """The same effects by one whole run under a plan for each expert, float64[X, P]."""
+def by_plans(
+    case: Case, found: AblationScan, *base: Intervention, every: int = 1, **mask: Any
+) -> dict[int, Any]:
+    """By expert, effects of whole runs under a plan for every so-manieth one, float64[P]."""
     bundle, rows, rendered = case
     with steer(bundle.model, SteeringPlan(interventions=base)):
         baseline = measure_target(bundle, rows, rendered)
     np.testing.assert_allclose(found.baseline, baseline, rtol=1e-5)
-    effects = []
-    for layer, kind, expert in found.experts:
+    effects: dict[int, Any] = {}
+    for at in range(0, len(found.experts), every):
+        layer, kind, expert = found.experts[at]
         own = Intervention(action="mask", layer=layer, kind=kind, experts=[expert], **mask)
         with steer(bundle.model, SteeringPlan(interventions=[*base, own])):
-            effects.append(measure_target(bundle, rows, rendered) - baseline)
-    return np.array(effects)
+            effects[at] = measure_target(bundle, rows, rendered) - baseline
+    return effects
 
 
-def require_same(found: AblationScan, wanted: Any) -> None:
-    size = np.maximum(1.0, np.abs(found.baseline))
-    assert (np.abs(found.effects - wanted) <= 1e-5 * size).all()
-    assert np.abs(found.effects).max() > 1e-3
+def require_same(found: AblationScan, wanted: dict[int, Any], least: float = 1e-3) -> None:
+    """To 1e-5 of each prompt's target, or of 1 where that is smaller."""
+    limit_P = 1e-5 * np.maximum(1.0, np.abs(found.baseline))
+    for at, effects_P in wanted.items():
+        assert (np.abs(found.effects[at] - effects_P) <= limit_P).all()
+    assert np.abs(found.effects).max() >= least
 
 
-@pytest.mark.parametrize("family", FAMILIES + SLOWER)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [*product(FAMILIES, MODES), ("minimax", "replace"), ("jetmoe", "drop_renorm")],
+)
 def test_every_effect_is_that_of_a_mask_plan(family: str, mode: Any) -> None:
     case = zoo_case(family)
     found = scan(*case, mode=mode, tokens_per_batch=40, tokens_per_forward=64)
-    require_same(found, by_plans(case, found, mode=mode))
+    require_same(found, by_plans(case, found, mode=mode, every=2))
     assert bool(found.notes) == (family in SLOWER)
     if mode != "replace":
         assert not found.effects[found.tokens_used == 0].any()
@@ -135,7 +143,7 @@ def test_no_saving_changes_a_number(savings: Savings) -> None:
     np.testing.assert_array_equal(found.tokens_used, best.tokens_used)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     lengths=st.lists(st.integers(4, 14), min_size=2, max_size=5),
     per_batch=st.sampled_from([14, 30, 200]),
@@ -148,8 +156,7 @@ def test_batches_and_padding_make_no_difference(
     chosen = [(1, "mlp", 0), (2, "mlp", 3), (1, "mlp", 5)]
     found = scan(*case, experts=chosen, tokens_per_batch=per_batch, tokens_per_forward=per_forward)
     assert found.experts == ((1, "mlp", 0), (1, "mlp", 5), (2, "mlp", 3))
-    wanted = by_plans(case, found, mode="drop")
-    assert (np.abs(found.effects - wanted) <= 1e-5 * np.maximum(1, np.abs(found.baseline))).all()
+    require_same(found, by_plans(case, found, mode="drop"), least=0.0)
 
 
 def test_a_function_of_the_logits_is_a_target_too() -> None:

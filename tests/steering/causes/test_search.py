@@ -13,7 +13,7 @@ from moescope.probe.models import ModelBundle
 from moescope.probe.prompts import Prompt
 from moescope.probe.routers import find_routers
 from moescope.steering.apply import steer
-from moescope.steering.causes.asking import ask
+from moescope.steering.causes.asking import OwnAnswer, ask
 from moescope.steering.causes.confirm import confirm_set, halves_of_units
 from moescope.steering.causes.found import search_and_confirm
 from moescope.steering.causes.measuring import measure_target
@@ -174,10 +174,12 @@ def test_questions_take_only_prompts_that_can_be_asked() -> None:
     sensitive, neutral = planted_prompts(planted)
     opening = ask(bundle, [*sensitive, *neutral], "opening", num_tokens=1)
     assert {one.label for one in opening.prompts} == {"sensitive"}
-    assert f"{len(sensitive)} of {len(sensitive) + len(neutral)} prompts" in opening.note
+    assert f"{len(sensitive)} prompts (those refused" in opening.note
     own = ask(bundle, [*sensitive, *neutral], "own", most=5, seed=2)
     assert len(own.prompts) == 5 and {one.label for one in own.prompts} == {"neutral"}
-    assert "5 of them drawn" in own.note
+    assert "5 prompts (those answered; 32 of 72 looked at)" in own.note
+    said = {one.prompt_id: OwnAnswer("busy", "correct") for one in sensitive}
+    assert len(ask(bundle, sensitive, "own", known=said).prompts) == len(sensitive)
     with pytest.raises(InputError, match="there is none"):
         ask(bundle, neutral, "opening")
     single = [sensitive[0], neutral[0]]
