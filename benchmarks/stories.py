@@ -183,7 +183,9 @@ def page(teller: Teller, table: Sequence[str]) -> str:
         "",
         "\"Beyond the controls\" is the steered share minus the mean of all controls, paired by "
         "prompt. A plan is called confirmed when the change and what is beyond the controls both "
-        "keep clear of 0, and less than half of the change went into broken answers.",
+        "keep clear of 0, and less than half of the change went into broken answers. Here experts "
+        "are found by use; [what a search by cause finds](../causes/README.md) on the same "
+        "questions is a page of its own.",
         "",
         *teller.lines,
     ])  # fmt: skip
