@@ -18,6 +18,7 @@ import typer
 
 from moescope.app.commands import (
     analyze,
+    cause_parts,
     causes,
     decode,
     demo,
@@ -58,6 +59,7 @@ decode.register(app)
 sweep.register(app)
 harness.register(app)
 causes.register(app)
+cause_parts.register(app)
 families.register(app)
 
 

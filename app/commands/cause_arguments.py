@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moescope.app import console
 from moescope.app.commands.steer import select_prompts
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from moescope.probe.prompts import Prompt
     from moescope.steering.causes.asking import Question
     from moescope.steering.plan import SteeringPlan
+
+_Word = TypeVar("_Word", bound=str)
 
 #: Layer, kind of router, expert.
 Place = tuple[int, str, int]
@@ -72,11 +74,12 @@ def ask_of(
     return question
 
 
-def one_of(option: str, value: str, choices: Sequence[str]) -> str:
+def one_of(option: str, value: str, choices: Sequence[_Word]) -> _Word:
     """The value of an option that takes some words only; InputError for others."""
-    if value not in choices:
-        raise InputError(f"{option} is {value!r}; it can be {', '.join(choices)}")
-    return value
+    for choice in choices:
+        if choice == value:
+            return choice
+    raise InputError(f"{option} is {value!r}; it can be {', '.join(choices)}")
 
 
 def named_experts(bundle: ModelBundle, text: str) -> list[Place]:

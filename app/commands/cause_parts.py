@@ -86,13 +86,14 @@ def swap(
 
     Example: moescope causes swap demo --base demo-base --prompts refusal --where half=first
     """
-    what = one_of("--parts", parts, ("experts", "routers", "both"))
+    from moescope.steering.causes.exchange import WHATS, Exchange
+
+    what = one_of("--parts", parts, WHATS)
     one_of("--by", by, ("expert", "layer", "all"))
     chosen = begin(prompts, where, target, out, figure)
     first, other = (load(name, device, dtype, trust_remote_code) for name in (tuned, base))
     from moescope.app.commands.cause_tables import largest_first, print_rows, say_first
     from moescope.probe.analysis.export import write_frame
-    from moescope.steering.causes.exchange import Exchange
     from moescope.steering.causes.swaps import expert_parts, layer_parts, scan_swaps
 
     Exchange(first.model, other.model)  # refuses models that do not match before anything runs
@@ -116,18 +117,21 @@ def swap(
         from moescope.steering.causes.cause_figures import swap_figures
         from moescope.steering.figure_page import write_figure_page
 
-        title = f"{donor.name}'s parts in {host.name}"
-        drawn = swap_figures(frame, f"Effects of {title}", question.note, question.unit)
+        about = f"parts of {donor.name} in {host.name} · {question.note}"
+        title = "Effects of exchanged parts"
+        drawn = swap_figures(frame, title, about, question.unit)
         write_figure_page(figure, title, drawn)
     if as_json:
         console.print_frame(frame, as_json=True)
         return
-    from_to = f"{scan.baseline.mean():.4g} to {donor.name}'s {scan.donor.mean():.4g}"
+    own, theirs = ("BASE", "TUNED") if converse else ("TUNED", "BASE")
     say_first(
-        f"{donor.name}'s parts in {host.name}, asked of {first.name}", question,
-        f"effect: change of the target, {question.unit}, when {host.name} gets {donor.name}'s "
-        f"part; share: of the way from {host.name}'s {from_to}", seed,
-    )  # fmt: skip
+        f"TUNED is {first.name}, BASE is {other.name}, {theirs}'s parts in {own}, asked of TUNED",
+        question,
+        f"effect: change of the target, {question.unit}, when {own} gets {theirs}'s part; share: "
+        f"of the way from {own}'s {scan.baseline.mean():.4g} to {theirs}'s {scan.donor.mean():.4g}",
+        seed,
+    )
     num_same = int(frame["same_weights"].sum())
     if num_same:
         console.emit(
@@ -312,11 +316,9 @@ def writes(
     own = largest_first(frame[frame["part"] == "expert"])
     keys = [*zip(own["layer"], own["kind"], own["expert"], strict=True)]
     shown = keys[:rows] if named is None else named
-    words = {key: found.toptokens_in_words(bundle, key, number=top) for key in shown}
-    own = own.assign(**{
-        f"writes_{side}": [tokens_in_words(bundle, words.get(key), side) for key in keys]
-        for side in ("for", "against")
-    })  # fmt: skip
+    words = {key: found.top_tokens(bundle, key, number=top) for key in shown}
+    for side in ("for", "against"):
+        own[f"writes_{side}"] = [tokens_in_words(bundle, words.get(key), side) for key in keys]
     if named is not None:
         own = own[[key in words for key in keys]]
     if out is not None:

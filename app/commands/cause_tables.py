@@ -100,7 +100,13 @@ def tokens_in_words(bundle: ModelBundle, table: pd.DataFrame | None, side: str) 
 
 
 def _token(bundle: ModelBundle, number: int, word: str) -> str:
-    """A token as text; as the tokenizer names it where it is a part of a character."""
+    """A token as text, as the tokenizer names it where it is a part of a character.
+
+    Models may have more outputs than their tokenizer has tokens; those have a number alone.
+    """
     if "\N{REPLACEMENT CHARACTER}" in word or not word:
-        word = str(bundle.tokenizer.convert_ids_totokens_in_words(int(number)))
+        named = bundle.tokenizer.convert_ids_to_tokens(int(number))
+        if not named:
+            return f"no token {number}"
+        word = str(named)
     return json.dumps(word, ensure_ascii=False)

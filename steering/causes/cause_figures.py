@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -161,7 +161,7 @@ def effect_bars(
     return figure
 
 
-def _in_words(row: dict[str, object]) -> str:
+def _in_words(row: Mapping[Any, Any]) -> str:
     """An effect with its interval, or that there is nothing to exchange."""
     if row.get("same_weights"):
         return "the same weights in both models"
