@@ -35,7 +35,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moescope.probe.analysis.statistics import bootstrap_weights, percentile_interval
 from moescope.probe.bridges import underlying
 from moescope.probe.errors import InputError, ModelInputError
 from moescope.probe.models import ModelBundle
@@ -56,6 +55,7 @@ from moescope.steering.causes.leaves import (
     leaves_planted,
 )
 from moescope.steering.causes.measuring import batch_logits, batch_running, target_batches
+from moescope.steering.causes.shares import effect_columns
 from moescope.steering.causes.targets import TargetRow
 from moescope.steering.plan import SteeringPlan
 
@@ -66,8 +66,6 @@ if TYPE_CHECKING:
 Mode = Literal["replace", "drop_renorm", "drop"]
 #: Told how many of how many batches are done.
 Progress = Callable[[int, int], None]
-
-_DRAWS = 2_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,20 +95,23 @@ class Attribution:
         return mean
 
     def frame(self, units: Sequence[str], *, seed: int = 0) -> pd.DataFrame:
-        """One row per expert: layer, kind, expert, estimate, low, high, n.
+        """One row per expert: layer, kind, expert, estimate, low, high, n, num_units.
 
         Args:
             units: of each prompt, its `pair_id` or itself; what the interval draws.
             seed: of the draws.
 
         Returns:
-            Mean over prompts with its 95 % bootstrap interval over n units; NaN for one unit.
+            Mean over n prompts with its 95 % bootstrap interval over units; NaN for one unit.
         """
         if len(units) != self.values.shape[1]:
             raise InputError(f"{len(units)} units were given for {self.values.shape[1]} prompts")
-        low, high, num_units = _interval(self.values, units, seed)
+        columns = effect_columns(self.values, units, seed)
         frame = pd.DataFrame(self.experts, columns=list(ExpertKey._fields))
-        return frame.assign(estimate=self.means, low=low, high=high, n=num_units)
+        return frame.assign(
+            estimate=columns["effect"], low=columns["low"], high=columns["high"], n=columns["n"],
+            num_units=len(set(units)),
+        )  # fmt: skip
 
 
 def attribute(
@@ -341,19 +342,3 @@ def entering(slots: Tensor, after: Sequence[tuple[Tensor, Tensor]], num_experts:
 def one_hot(ids_T: Tensor, num_experts: int) -> Tensor:
     """bool[T, E]."""
     return ids_T[:, None] == torch.arange(num_experts, device=ids_T.device)
-
-
-def _interval(
-    values_XP: NDArray[np.float64], units: Sequence[str], seed: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
-    """95 % percentile interval of each mean, whole units drawn with replacement."""
-    _, unit_of = np.unique(np.asarray(units, dtype=object).astype(str), return_inverse=True)
-    num_units = int(unit_of.max()) + 1
-    nothing = np.full(len(values_XP), np.nan)
-    if num_units < 2:
-        return nothing, nothing, num_units
-    member_PU = np.eye(num_units)[unit_of]
-    weights_DU = bootstrap_weights(num_units, _DRAWS, np.random.default_rng(seed))
-    draws_DX = (weights_DU @ (values_XP @ member_PU).T) / (weights_DU @ member_PU.sum(0))[:, None]
-    low, high = percentile_interval(draws_DX)
-    return np.asarray(low, np.float64), np.asarray(high, np.float64), num_units

@@ -31,7 +31,8 @@ COMMANDS = ["demo", "doctor", "families", "models list", "models save", "trace",
             "plan show", "plan check", "generate", "evaluate", "dashboard", "import", "export",
             "plan convert", "plan strategies", "plan control", "plan compose", "plan invert",
             "decode contrast", "decode remix", "sweep", "lm-eval", "attribute",
-            "plan search", "causes swap", "causes patch", "causes paths", "causes writes"]  # fmt: skip
+            "plan search", "causes swap", "causes patch", "causes paths",
+            "causes writes"]  # fmt: skip
 
 
 def moescope(*words: str | Path) -> subprocess.CompletedProcess[str]:

@@ -346,9 +346,11 @@ def test_the_table_draws_units(tiny_bundle: Any) -> None:
     values = np.array([[1.0, 1.0, 3.0, 3.0], [0.0, 2.0, 0.0, 2.0]])
     found = Attribution(experts, values, np.zeros(4), "m", 3.0)
     frame = found.frame(["a", "a", "b", "b"])
-    assert list(frame.columns) == ["layer", "kind", "expert", "estimate", "low", "high", "n"]
+    wanted = ["layer", "kind", "expert", "estimate", "low", "high", "n", "num_units"]
+    assert list(frame.columns) == wanted
     assert frame.estimate.tolist() == [2.0, 1.0]
-    assert frame.n.tolist() == [2, 2]
+    assert frame.n.tolist() == [4, 4]
+    assert frame.num_units.tolist() == [2, 2]
     assert (frame.low[0], frame.high[0]) == (1.0, 3.0)
     assert (frame.low[1], frame.high[1]) == (1.0, 1.0)
     assert found.frame(["a"] * 4).low.isna().all()
