@@ -206,6 +206,17 @@ def page(results: dict[str, Any]) -> str:
         "draws and the bootstraps; 0, 1, 2 for the random sets. These are small models made for "
         "this: the numbers say that the method works where the truth is known.",
         "",
+        "- `moescope attribute` tells what taking out each expert does to a target: estimated for "
+        "all in one backward pass with its agreement to exact effects, or exactly (`--method "
+        "exact`). `--contrast` sets a contrast's columns beside it.",
+        "- `moescope plan search` looks for a set: after each expert that joins, all others are "
+        "estimated anew with those gone, the best few are measured exactly, and the best of them "
+        "joins if neutral answers keep to the budget. Half of the units are searched on, the other "
+        "half confirms, beside random sets of the same shape.",
+        "- `moescope causes swap` exchanges experts or routers with another model, `patch` runs one "
+        "model with the other's routing, `paths` splits an effect by whether later routing is "
+        "frozen or free, `writes` shows the tokens that an expert writes for and against.",
+        "",
     ]
     for model, found in results.items():
         lines += [f"## {model}", "", "```", found["search"], "```", "", *_table(found), ""]
@@ -255,6 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/causes"))
     parser.add_argument("--store", type=Path, default=Path("out/known-truth.duckdb"))
+    parser.add_argument("--models", nargs="+", default=MODELS, help="others keep their results")
     options = parser.parse_args()
     torch.set_num_threads(1)  # these models are too small to share a forward
     from known_truth import record
@@ -263,11 +275,14 @@ def main() -> None:
         store = Store(options.store)
     else:
         store, _ = record(options.store)
-    with tempfile.TemporaryDirectory() as temporary:
-        results = {model: of_model(model, store, Path(temporary)) for model in MODELS}
     options.out.mkdir(parents=True, exist_ok=True)
+    kept = options.out / "results.json"
+    results = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    with tempfile.TemporaryDirectory() as temporary:
+        results |= {model: of_model(model, store, Path(temporary)) for model in options.models}
+    results = {model: results[model] for model in MODELS if model in results}
     text = json.dumps(results, indent=1, ensure_ascii=False)
-    (options.out / "results.json").write_text(text + "\n", encoding="utf-8")
+    kept.write_text(text + "\n", encoding="utf-8")
     (options.out / "README.md").write_text(page(results), encoding="utf-8")
     print(f"written: {options.out}")
 
