@@ -8,8 +8,9 @@ the same batches. The scan is timed before and after it, all experts each time. 
 the loop is timed on a random sample of experts and scaled to all, as the report says. Numbers of
 both ways are compared; the benchmark stops where they differ by more than 1e-5.
 
-How much is saved depends on how many experts a prompt uses. Tokens of an untrained model are much
-alike and are routed alike; `--spread 10` makes its embeddings large, so that they are not.
+How much is saved depends on how many experts a prompt uses, so that is printed. The random model's
+weights are larger than transformers makes them, because its effects would else be too small to
+compare; `--spread 10` makes its embeddings larger still, so that tokens are routed less alike.
 
 The breakdown adds one saving after the other, on all experts of four layers.
 """
@@ -87,7 +88,7 @@ def large_case(num_prompts: int, spread: float) -> Case:
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=64, moe_intermediate_size=64,
         num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
         num_experts=EXPERTS, num_experts_per_tok=TOP_K, norm_topk_prob=True, mlp_only_layers=[],
-        eos_token_id=1, pad_token_id=0, bos_token_id=None,
+        initializer_range=0.2, eos_token_id=1, pad_token_id=0, bos_token_id=None,
     )  # fmt: skip
     model = Qwen3MoeForCausalLM(config).eval()
     with torch.no_grad():
@@ -156,7 +157,9 @@ def compare(case: Case, sample: int) -> float:
     print(
         f"  scan: {before:.1f} s before it, {after:.1f} s after it; {naive / fast:.1f} times faster"
     )
-    print(f"  largest difference of an effect: {worst:.1e}; a prompt uses {used:.0%} of experts")
+    largest = float(np.abs(effects).max())
+    print(f"  largest effect {largest:.1e}, largest difference of the two ways {worst:.1e}")
+    print(f"  a prompt uses {used:.0%} of the experts")
     for note in found.notes:
         print(f"  {note}")
     if worst > TOLERANCE:

@@ -213,7 +213,7 @@ def page(results: dict[str, Any]) -> str:
         "estimated anew with those gone, the best few are measured exactly, and the best of them "
         "joins if neutral answers keep to the budget. Half of the units are searched on, the other "
         "half confirms, beside random sets of the same shape.",
-        "- `moescope causes swap` exchanges experts or routers with another model, `patch` runs one "
+        "- `moescope causes swap` exchanges experts or routers with another model, `patch` runs a "
         "model with the other's routing, `paths` splits an effect by whether later routing is "
         "frozen or free, `writes` shows the tokens that an expert writes for and against.",
         "",
