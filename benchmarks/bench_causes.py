@@ -12,6 +12,10 @@ How much is saved depends on how many experts a prompt uses, so that is printed.
 weights are larger than transformers makes them, because its effects would else be too small to
 compare; `--spread 10` makes its embeddings larger still, so that tokens are routed less alike.
 
+Attribution of all experts in one backward pass stands beside both. So does the loop as it is written
+most often, one prompt a forward, timed on eight experts and scaled: batches alone make up much of
+what a scan gains over that one.
+
 The breakdown adds one saving after the other, on all experts of four layers.
 """
 
@@ -34,9 +38,10 @@ from moescope.probe.prompts import Prompt, read_prompts
 from moescope.probe.rendering import RenderedPrompt, render_prompt
 from moescope.steering import Intervention, SteeringPlan, steer
 from moescope.steering.causes.ablation import AblationScan, scan
+from moescope.steering.causes.attribution import attribute
+from moescope.steering.causes.keys import ExpertKey
 from moescope.steering.causes.measuring import measure_target
 from moescope.steering.causes.restart import Savings
-from moescope.steering.causes.scan_plan import ExpertKey
 from moescope.steering.causes.targets import AnswerLogProb, Read, TargetRow, target_rows
 
 LAYERS, EXPERTS, TOP_K, VOCABULARY = 16, 64, 8, 4096
@@ -108,16 +113,24 @@ def large_case(num_prompts: int, spread: float) -> Case:
     return Case(f"random qwen3_moe ({LAYERS} layers x {EXPERTS} experts)", bundle, rows, rendered)
 
 
-def loop(case: Case, experts: Sequence[ExpertKey]) -> NDArray[np.float64]:
+def loop(
+    case: Case, experts: Sequence[ExpertKey], tokens_per_batch: int = 1024
+) -> NDArray[np.float64]:
     """One whole measurement for each expert, float64[X, P]."""
-    baseline = measure_target(case.bundle, case.rows, case.rendered)
+
+    def measured() -> NDArray[np.float64]:
+        return measure_target(
+            case.bundle, case.rows, case.rendered, tokens_per_batch=tokens_per_batch
+        )
+
+    baseline = measured()
     effects = []
     for layer, kind, expert in experts:
         mask = Intervention(
             action="mask", mode="drop", layer=layer, kind=kind, experts=[expert]
         )  # fmt: skip
         with steer(case.bundle.model, SteeringPlan(interventions=[mask])):
-            effects.append(measure_target(case.bundle, case.rows, case.rendered) - baseline)
+            effects.append(measured() - baseline)
     return np.array(effects)
 
 
@@ -164,8 +177,30 @@ def compare(case: Case, sample: int) -> float:
         print(f"  {note}")
     if worst > TOLERANCE:
         raise SystemExit("the numbers differ; no ratio holds")
+    by_gradient(case, naive, fast)
+    few = every[:: max(1, len(every) // 8)][:8]
+    _, seconds = timed(lambda: loop(case, few, tokens_per_batch=1))
+    single = seconds * len(every) / len(few)
+    print(
+        f"  loop of one prompt a forward (scaled from {len(few)}): {single:.1f} s; the scan is "
+        f"{single / fast:.1f} times faster"
+    )
     breakdown(case, every, naive / len(every))
     return naive / fast
+
+
+def by_gradient(case: Case, naive: float, fast: float) -> None:
+    """Time the first-order estimate of all experts beside the loop and the scan."""
+    pairs = [
+        timed(lambda: attribute(case.bundle, case.rows, case.rendered, num_checked=0))[1]
+        for _ in range(5)
+    ]
+    seconds = float(np.median(pairs))
+    print(
+        f"  attribution of all experts, median of {len(pairs)}: {seconds:.2f} s; "
+        f"{fast / seconds:.0f} times faster than the scan, {naive / seconds:.0f} times faster than "
+        "the loop"
+    )
 
 
 def breakdown(case: Case, experts: Sequence[ExpertKey], seconds_each: float) -> None:

@@ -35,7 +35,7 @@ from moescope.steering import SteeringPlan
 from moescope.steering.causes.ablation import scan
 from moescope.steering.causes.asking import ask
 from moescope.steering.causes.attribution import attribute
-from moescope.steering.causes.scan_plan import ExpertKey
+from moescope.steering.causes.keys import ExpertKey
 from moescope.steering.causes.search import removal_plan
 from moescope.steering.causes.swaps import expert_parts, scan_swaps
 from moescope.steering.derive import plan_from_contrast

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from moescope.probe.models import ModelBundle
     from moescope.probe.prompts import Prompt
     from moescope.steering.causes.asking import Question, TargetName
-    from moescope.steering.causes.scan_plan import Mode
+    from moescope.steering.causes.keys import Mode
 
 Method = Literal["gradient", "integrated", "exact"]
 
@@ -269,7 +269,7 @@ def _target(name: str) -> TargetName:
 
 def _mode(name: str) -> Mode:
     from moescope.probe.errors import InputError
-    from moescope.steering.causes.scan_plan import Mode
+    from moescope.steering.causes.keys import Mode
 
     for mode in get_args(Mode):
         if mode == name:

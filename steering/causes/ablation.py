@@ -25,6 +25,7 @@ from moescope.probe.analysis.statistics import bootstrap_weights, percentile_int
 from moescope.probe.models import ModelBundle
 from moescope.probe.rendering import RenderedPrompt
 from moescope.steering.apply import steer
+from moescope.steering.causes.keys import ExpertKey, Mode
 from moescope.steering.causes.measuring import TargetBatch, target_batches
 from moescope.steering.causes.proof import Bench, proved_savings
 from moescope.steering.causes.reach import Pairs, changed_tokens, pairs_of, used_tokens
@@ -35,7 +36,7 @@ from moescope.steering.causes.restart import (
     head_of,
     without_experts,
 )
-from moescope.steering.causes.scan_plan import ExpertKey, Mode, ScanPlan, Via, planned_scan
+from moescope.steering.causes.scan_plan import ScanPlan, Via, planned_scan
 from moescope.steering.causes.scan_store import ScanChunk, ScanStore
 from moescope.steering.causes.stored_batch import StoredBatch, store_batch
 from moescope.steering.causes.targets import TargetRow

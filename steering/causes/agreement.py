@@ -20,8 +20,8 @@ from moescope.probe.analysis.statistics import rank_correlation
 from moescope.probe.models import ModelBundle
 from moescope.probe.rendering import RenderedPrompt
 from moescope.steering.apply import steer
-from moescope.steering.causes.attribution import Attribution, Mode
-from moescope.steering.causes.leaves import ExpertKey
+from moescope.steering.causes.attribution import Attribution
+from moescope.steering.causes.keys import ExpertKey, Mode
 from moescope.steering.causes.measuring import measure_target
 from moescope.steering.causes.targets import TargetRow
 from moescope.steering.plan import Intervention, SteeringPlan

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -41,9 +41,9 @@ from moescope.probe.models import ModelBundle
 from moescope.probe.norms import why_no_norms
 from moescope.probe.rendering import RenderedPrompt
 from moescope.probe.routers import RouterSite, find_routers
+from moescope.steering.causes.keys import ExpertKey, Mode
 from moescope.steering.causes.leaves import (
     Added,
-    ExpertKey,
     Leaf,
     Moved,
     PlanEdits,
@@ -62,8 +62,6 @@ from moescope.steering.plan import SteeringPlan
 if TYPE_CHECKING:
     from moescope.steering.causes.agreement import Agreement
 
-#: How an expert is taken out (our methods, 5.0).
-Mode = Literal["replace", "drop_renorm", "drop"]
 #: Told how many of how many batches are done.
 Progress = Callable[[int, int], None]
 

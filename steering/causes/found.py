@@ -19,7 +19,7 @@ from moescope.steering.causes.asking import (
     unit_of,
 )
 from moescope.steering.causes.confirm import Confirmed, confirm_set, halves_of_units
-from moescope.steering.causes.scan_plan import Mode
+from moescope.steering.causes.keys import Mode
 from moescope.steering.causes.search import Aim, FoundSet, Told, search_set
 from moescope.steering.plan import SteeringPlan
 

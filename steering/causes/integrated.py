@@ -33,7 +33,8 @@ from moescope.probe.errors import InputError
 from moescope.probe.models import ModelBundle
 from moescope.probe.rendering import RenderedPrompt
 from moescope.probe.routers import RouterSite
-from moescope.steering.causes.attribution import Attribution, Mode, Progress, Removal, estimated
+from moescope.steering.causes.attribution import Attribution, Progress, Removal, estimated
+from moescope.steering.causes.keys import Mode
 from moescope.steering.causes.leaves import Leaf, Moved, Routed
 from moescope.steering.causes.targets import TargetRow
 from moescope.steering.plan import SteeringPlan

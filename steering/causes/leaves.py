@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,18 +27,11 @@ from moescope.kernels.route import Edits, select
 from moescope.probe.bridges import underlying
 from moescope.probe.errors import MoescopeError, PlanError
 from moescope.probe.routers import RouterSite
+from moescope.steering.causes.keys import ExpertKey
 from moescope.steering.check import check_rules, check_shape, layers_of
 from moescope.steering.operators import edits_of
 from moescope.steering.plan import Intervention, Replay, SteeringPlan
 from moescope.steering.positions import PositionTracker
-
-
-class ExpertKey(NamedTuple):
-    """One routed expert of a model."""
-
-    layer: int
-    kind: str
-    expert: int
 
 
 def experts_of(sites: Sequence[RouterSite]) -> tuple[ExpertKey, ...]:

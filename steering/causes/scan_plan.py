@@ -11,13 +11,11 @@ from moescope.probe.errors import ModelInputError, PlanError
 from moescope.probe.models import ModelBundle
 from moescope.probe.routers import RouterSite, find_routers
 from moescope.steering.causes.ablated_router import AblatedRouter, on_router
+from moescope.steering.causes.keys import ExpertKey, Mode
 from moescope.steering.causes.stored_batch import Stack, stack_of
 from moescope.steering.check import check_rules, check_shape
 from moescope.steering.plan import Intervention, Mask, Replay, SteeringPlan
 
-#: Layer, kind and expert.
-ExpertKey = tuple[int, str, int]
-Mode = Literal["drop", "drop_renorm", "replace"]
 Via = Literal["min", "inf", "selection"]
 #: Kinds of routers that a plain forward of a decoder does not reach.
 _NOT_REACHED = ("encoder", "mtp")
@@ -102,7 +100,7 @@ def _chosen(
 ) -> list[ExpertKey]:
     """The experts in the order of routers."""
     there = {
-        (site.info.layer, site.info.kind, expert): site
+        ExpertKey(site.info.layer, site.info.kind, expert): site
         for site in sites
         for expert in range(site.info.num_experts)
     }

@@ -31,8 +31,8 @@ from moescope.probe.routers import LayerInfo, find_routers
 from moescope.steering.apply import steer
 from moescope.steering.causes.ablation import scan
 from moescope.steering.causes.attribution import attribute
+from moescope.steering.causes.keys import ExpertKey, Mode
 from moescope.steering.causes.measuring import measure_target
-from moescope.steering.causes.scan_plan import ExpertKey, Mode
 from moescope.steering.causes.targets import TargetRow
 from moescope.steering.plan import SteeringPlan
 
@@ -265,9 +265,9 @@ class _Searcher:
         gains = one.loss - self.aim.loss(one.values + estimate.values)
         order = [at for at in np.argsort(-gains, kind="stable") if gains[at] > 0]
         chosen = [
-            at for at in order if self._has_room(one, tuple(estimate.experts[at]))
+            at for at in order if self._has_room(one, estimate.experts[at])
         ][: self.num_exact]  # fmt: skip
-        keys: list[ExpertKey] = [_key(estimate.experts[at]) for at in chosen]
+        keys: list[ExpertKey] = [estimate.experts[at] for at in chosen]
         if not keys:
             return []
         singles = self._exact(one, keys, dict(zip(keys, -gains[chosen], strict=True)), base)
@@ -365,7 +365,7 @@ class _Searcher:
         return sum(other[:2] == key[:2] for other in one.experts) < info.num_experts - info.top_k
 
 
-def removal_plan(experts: Sequence[ExpertKey], mode: Mode) -> SteeringPlan:
+def removal_plan(experts: Sequence[tuple[int, str, int]], mode: Mode) -> SteeringPlan:
     """A plan that takes these experts out."""
     by_router: dict[tuple[int, str], list[int]] = {}
     for layer, kind, expert in experts:
@@ -379,8 +379,3 @@ def removal_plan(experts: Sequence[ExpertKey], mode: Mode) -> SteeringPlan:
             for (layer, kind), members in sorted(by_router.items())
         ]
     )  # fmt: skip
-
-
-def _key(expert: Sequence[Any]) -> ExpertKey:
-    layer, kind, number = expert
-    return (int(layer), str(kind), int(number))

@@ -41,7 +41,8 @@ from moescope.steering.causes.attribution import (
     one_hot,
     require_added_slots,
 )
-from moescope.steering.causes.leaves import Added, ExpertKey, Leaf, Routed, experts_of
+from moescope.steering.causes.keys import ExpertKey
+from moescope.steering.causes.leaves import Added, Leaf, Routed, experts_of
 from moescope.steering.causes.targets import TargetRow
 from moescope.steering.plan import SteeringPlan
 

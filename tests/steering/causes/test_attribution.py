@@ -24,7 +24,8 @@ from moescope.probe.routers import RouterSite, find_routers
 from moescope.probe.zoo import tiny_model as zoo_model
 from moescope.steering import SteeringPlan, steer
 from moescope.steering.causes.attribution import Attribution, Mode, Removal, attribute
-from moescope.steering.causes.leaves import ExpertKey, Leaf, Routed
+from moescope.steering.causes.keys import ExpertKey
+from moescope.steering.causes.leaves import Leaf, Routed
 from moescope.steering.causes.measuring import measure_target
 from moescope.steering.causes.targets import OpeningDifference, PromptLoss, TargetRow, target_rows
 from moescope.steering.causes.unselected import Strength, attribute_forcing

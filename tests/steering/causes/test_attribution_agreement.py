@@ -21,7 +21,7 @@ from moescope.probe.rendering import render_prompt
 from moescope.steering import SteeringPlan, steer
 from moescope.steering.causes.agreement import compared, rank_interval, stratified, without
 from moescope.steering.causes.attribution import attribute
-from moescope.steering.causes.leaves import ExpertKey
+from moescope.steering.causes.keys import ExpertKey
 from moescope.steering.causes.measuring import measure_target
 from moescope.steering.causes.targets import OpeningDifference, PromptLoss, target_rows
 
