@@ -12,9 +12,9 @@ How much is saved depends on how many experts a prompt uses, so that is printed.
 weights are larger than transformers makes them, because its effects would else be too small to
 compare; `--spread 10` makes its embeddings larger still, so that tokens are routed less alike.
 
-Attribution of all experts in one backward pass stands beside both. So does the loop as it is written
-most often, one prompt a forward, timed on eight experts and scaled: batches alone make up much of
-what a scan gains over that one.
+Attribution of all experts in one backward pass stands beside both. So does the loop as it is
+written most often, one prompt a forward, timed on eight experts and scaled: batches alone make up
+much of what a scan gains over that one.
 
 The breakdown adds one saving after the other, on all experts of four layers.
 """
