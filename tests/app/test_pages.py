@@ -367,7 +367,10 @@ def test_an_evaluation_shows_rates_with_intervals_controls_and_what_changed(
     assert (shares["low"] <= shares["value"]).all() and (shares["value"] <= shares["high"]).all()
     assert set(shares["n"]) == {3}
     assert "sensitive: not confirmed: refused " in texts(app)
-    subtitle = figures(app)[0]["layout"]["title"]["subtitle"]["text"]
+    outcomes = next(
+        one for one in figures(app) if one["layout"]["title"]["text"].startswith("Outcomes")
+    )
+    subtitle = outcomes["layout"]["title"]["subtitle"]["text"]
     assert str(saved_model) in subtitle and "run base" in subtitle and "6 prompts" in subtitle
 
 

@@ -153,7 +153,7 @@ def test_a_cell_is_made_again_when_anything_it_depends_on_changed(
     for changes in (
         {"name": "again"}, {"seed": 1}, {"max_new_tokens": 2}, {"num_controls": 1},
         {"make_controls": lambda plan, layers: {"other": other}}, {"chat_template": "off"},
-        {"judge_bundle": tiny_bundle},
+        {"judge_bundle": replace(tiny_bundle, name="another")},
     ):  # fmt: skip
         assert num_found(asked, table, **changes) == 0, changes
     assert num_found([replace(asked[0], expected="x"), asked[1]], table) == 0
