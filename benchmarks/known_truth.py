@@ -202,8 +202,9 @@ def judged(bundle: ModelBundle, plan: SteeringPlan, prompts: Sequence[Prompt]) -
     """Rates with intervals of a plan, and the mean of its random controls."""
     began = time.monotonic()
     result = evaluate_plan(
-        bundle, plan, prompts, num_controls=NUM_CONTROLS, max_new_tokens=MAX_NEW_TOKENS
-    )
+        bundle, plan, prompts, num_controls=NUM_CONTROLS, kinds=("random",),
+        max_new_tokens=MAX_NEW_TOKENS,
+    )  # fmt: skip
     print(f"{bundle.name}, {plan.title}: {time.monotonic() - began:.0f} s")
     controls = [f"control:random:{seed}" for seed in range(NUM_CONTROLS)]
     return {
