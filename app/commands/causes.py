@@ -18,6 +18,7 @@ from moescope.app.commands.steer import (
     load,
     select_prompts,
 )
+from moescope.probe.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from moescope.steering.causes.asking import Question, TargetName
     from moescope.steering.causes.keys import Mode
 
-Method = Literal["gradient", "integrated", "exact"]
+Method = Literal["gradient", "integrated", "exact", "force"]
 
 PromptsOption = Annotated[
     list[str], typer.Option(help="A prompt file, or a shipped set; may be repeated.")
@@ -62,7 +63,8 @@ def attribute(
         str,
         typer.Option(
             help="gradient: all experts in one backward pass; integrated: several passes, nearer "
-            "to large effects; exact: every expert taken out."
+            "to large effects; exact: every expert taken out; force: what forcing each would do, "
+            "also where it is not selected, from one backward pass for 16 experts of a layer."
         ),
     ] = "gradient",
     mode: ModeOption = "drop",
@@ -75,6 +77,12 @@ def attribute(
     ] = 24,
     contrast: Annotated[
         Path | None, typer.Option(help="A contrast's table, whose columns are set beside.")
+    ] = None,
+    take: Annotated[
+        int | None, typer.Option(min=1, help="With --plan: experts that move the target most.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="With --take: write a plan of these experts to this file.")
     ] = None,
     limit: LimitOption = None,
     seed: SeedOption = 0,
@@ -101,6 +109,8 @@ def attribute(
     chosen = _method(method)
     if out is not None:
         check_suffix(out)
+    if (take is None) != (plan is None):
+        raise InputError("--take and --plan go together: how many experts, and where to")
     asked = select_prompts(prompts, where)
     beside = None if contrast is None else _contrast(contrast)
     bundle = load(model, device, dtype, trust_remote_code)
@@ -111,6 +121,8 @@ def attribute(
     )  # fmt: skip
     if beside is not None:
         frame = frame.merge(beside, on=["layer", "expert"], how="left")
+    if plan is not None and take is not None:
+        _write_plan(bundle, frame, take, plan, question.name, chosen, known_mode)
     if out is not None:
         write_frame(frame, out)
     if as_json:
@@ -222,9 +234,16 @@ def _effects(
     store: Path | None,
 ) -> tuple[pd.DataFrame, list[str]]:
     """The table, largest effect first, and what must be said beside it."""
-    from moescope.steering.causes import ablation, attribution
+    from moescope.steering.causes import ablation, attribution, unselected
 
-    if method == "exact":
+    if method == "force":
+        with console.progress("attributing", "batches") as update:
+            found = unselected.attribute_forcing(
+                bundle, question.rows, question.rendered, progress=update
+            )
+        frame, column = found.frame(question.units, seed=seed), "estimate"
+        notes = [f"{found.method}; {found.cost:g} forwards; not compared with exact effects"]
+    elif method == "exact":
         with console.progress("taking experts out", "rows") as update:
             scan = ablation.scan(
                 bundle, question.rows, question.rendered, mode=mode, progress=update, store=store
@@ -245,6 +264,29 @@ def _effects(
     return frame.loc[order].reset_index(drop=True), notes
 
 
+def _write_plan(
+    bundle: ModelBundle,
+    frame: pd.DataFrame,
+    take: int,
+    path: Path,
+    target: TargetName,
+    method: Method,
+    mode: Mode,
+) -> None:
+    """The experts that move the target where it should go, as a plan."""
+    from moescope.probe.routers import find_routers
+    from moescope.steering.causes.asking import DIRECTIONS
+    from moescope.steering.causes.effect_plan import plan_from_effects
+
+    made = plan_from_effects(
+        frame, take, DIRECTIONS[target], [site.info for site in find_routers(bundle.model)],
+        action="force" if method == "force" else "mask", mode=mode, name=path.stem,
+        model=bundle.name, provenance={"target": target, "method": f"single effects, {method}"},
+    )  # fmt: skip
+    made.write(path)
+    console.say(f"plan written to {path}")
+
+
 def _contrast(path: Path) -> pd.DataFrame:
     """What a contrast says of each expert, by columns that name it."""
     from moescope.steering.derive import read_contrast_table
@@ -258,7 +300,6 @@ def _contrast(path: Path) -> pd.DataFrame:
 
 
 def _target(name: str) -> TargetName:
-    from moescope.probe.errors import InputError
     from moescope.steering.causes.asking import TARGETS
 
     for target in TARGETS:
@@ -268,7 +309,6 @@ def _target(name: str) -> TargetName:
 
 
 def _mode(name: str) -> Mode:
-    from moescope.probe.errors import InputError
     from moescope.steering.causes.keys import Mode
 
     for mode in get_args(Mode):
@@ -279,8 +319,6 @@ def _mode(name: str) -> Mode:
 
 
 def _method(name: str) -> Method:
-    from moescope.probe.errors import InputError
-
     for method in get_args(Method):
         if method == name:
             found: Method = method

@@ -160,6 +160,16 @@ def test_causes_name_the_planted_expert_and_no_other(tmp_path: Path) -> None:
         assert (effects["layer"][0], effects["expert"][0]) == (2, 3)
         assert effects[column][0] < -10
         assert effects[column][1:].abs().max() < 1e-3
+    by_effect = tmp_path / "single.json"
+    moescope("attribute", model, "--prompts", prompts, "--opening-tokens", "1", "--checked", "0",
+             "--take", "1", "--plan", by_effect, "--mode", "replace")  # fmt: skip
+    (single,) = json.loads(by_effect.read_text())["interventions"]
+    assert (single["action"], single["layer"], single["experts"]) == ("mask", 2, [3])
+    moescope("attribute", model, "--prompts", prompts, "--target", "own", "--method", "force",
+             "--where", "label=neutral", "--out", table)  # fmt: skip
+    forced = pd.read_csv(table).set_index(["layer", "expert"])["estimate"]
+    assert len(forced) == 3 * 8
+    assert forced.idxmin() == (2, 3)  # forced, it refuses what is harmless
     judged = moescope("evaluate", model, "--plan", plan, "--prompts", prompts, "--controls", "1",
                       "--max-new-tokens", "6")  # fmt: skip
     assert "sensitive: confirmed: refused -1.00" in judged
