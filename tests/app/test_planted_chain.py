@@ -80,7 +80,7 @@ def rate(rates: pd.DataFrame, condition: str, group: str, outcome: str) -> float
     return float(found.set_index("metric").at[outcome, "value"])
 
 
-@pytest.fixture(scope="module", params=[(1, 5), (2, 3)])
+@pytest.fixture(scope="module", params=[(1, 5)])
 def by_expert(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[PlantedModel, pd.DataFrame, pd.DataFrame, str]:
