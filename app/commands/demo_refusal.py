@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from moescope.probe.analysis import AnalysisTable
+    from moescope.probe.prompts import Prompt
     from moescope.probe.storage.store import Store
     from moescope.steering import SteeringPlan
     from moescope.steering.causes.asking import OwnAnswer
@@ -132,7 +133,6 @@ def _show_steering(
     model: DemoModel, plan: SteeringPlan, how: str, unsteered: Condition | None = None
 ) -> Condition:
     """Mask a plan's experts and judge the answers of the second half beside controls."""
-    from moescope.app.commands.steer import select_prompts
     from moescope.steering.evaluate import evaluate_plan
     from moescope.steering.evaluation_store import store_evaluation
 
@@ -140,13 +140,16 @@ def _show_steering(
     plan.write(plan_file)
     with console.progress(f"steering {how}", "answers") as update:
         result = evaluate_plan(
-            model.bundle, plan, select_prompts(["refusal"], ["half=second"]),
+            model.bundle, plan, _held_out(),
             num_controls=NUM_CONTROLS if unsteered is None else 1, unsteered=unsteered,
             max_new_tokens=MAX_NEW_TOKENS, judge_bundle=model.judge, progress=update,
         )  # fmt: skip
     store_evaluation(model.store_path, result)
     count = sum(len(one.experts) for one in plan.interventions)
-    console.emit(f"Steering {how}: {count} experts masked; prompts of the second half only")
+    console.emit(
+        f"Steering {how}: {count} experts masked; every other unit of the second half "
+        "(moescope evaluate takes all)"
+    )
     console.emit(_known_truth(plan))
     for line in result.lines():
         console.emit(line)
@@ -154,6 +157,15 @@ def _show_steering(
         f"The plan is in {plan_file}; the rates are in {model.store_path}, table evaluations\n"
     )
     return result.conditions[0]
+
+
+def _held_out() -> list[Prompt]:
+    """Every other unit of the second half, with all its translations: half the time, as fair."""
+    from moescope.app.commands.steer import select_prompts
+
+    prompts = select_prompts(["refusal"], ["half=second"])
+    units = sorted({one.pair_id or "" for one in prompts})[::2]
+    return [one for one in prompts if one.pair_id in units]
 
 
 def _known_truth(plan: SteeringPlan) -> str:
