@@ -8,6 +8,7 @@ broken answers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,9 +82,9 @@ def _verdict(frame: pd.DataFrame, group: str, behavior: Outcome) -> Verdict:
     broken = 0.0 if behavior == "broken" else numbers["broken_change"][0]
     n = int(found.loc[found["metric"] == f"{behavior}_change", "n"].iloc[0])
     is_confirmed, why = _judge(change, low, high, beyond, broken)
-    said = f"{behavior} {change:+.2f} [{low:+.2f}, {high:+.2f}]"
+    said = f"{behavior} {_with_interval(change, low, high)}"
     if beyond is not None:
-        said += f", {beyond[0]:+.2f} [{beyond[1]:+.2f}, {beyond[2]:+.2f}] beyond the controls"
+        said += f", {_with_interval(*beyond)} beyond the controls"
     middle, beyond_low, beyond_high = beyond or (None, None, None)
     return Verdict(
         group, behavior, change, low, high, middle, beyond_low, beyond_high, broken, n,
@@ -91,11 +92,17 @@ def _verdict(frame: pd.DataFrame, group: str, behavior: Outcome) -> Verdict:
     )  # fmt: skip
 
 
+def _with_interval(value: float, low: float, high: float) -> str:
+    return f"{value:+.2f}" if math.isnan(low) else f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
 def _judge(
     change: float, low: float, high: float, beyond: tuple[float, ...] | None, broken: float
 ) -> tuple[bool, str]:
     """Whether the three conditions hold, and the one that decides in words."""
-    if not (low > 0 or high < 0):  # also where there is no interval
+    if math.isnan(low):
+        return False, "all prompts are of one unit (pair_id), so chance cannot be told"
+    if not (low > 0 or high < 0):
         return False, "the change is within chance"
     if beyond is None:
         return False, "there is no control to compare with"

@@ -31,7 +31,7 @@ def rows(
         (rows((-0.9, -1.0, -0.8), (-0.85, -0.95, -0.7)), True, "answers stay whole"),
         (rows((0.5, 0.3, 0.7), (0.4, 0.2, 0.6)), True, "answers stay whole"),
         (rows((-0.1, -0.3, 0.1), (-0.1, -0.3, 0.1)), False, "within chance"),
-        (rows((-0.9, NAN, NAN), (-0.9, NAN, NAN)), False, "within chance"),
+        (rows((-0.9, NAN, NAN), (-0.9, NAN, NAN)), False, "all prompts are of one unit"),
         (rows((-0.9, -1.0, -0.8), None), False, "no control"),
         (rows((-0.9, -1.0, -0.8), (-0.05, -0.2, 0.1)), False, "other experts do as much"),
         (rows((-0.3, -0.5, -0.1), (0.4, 0.2, 0.6)), False, "other experts do as much"),
@@ -46,6 +46,7 @@ def test_a_plan_is_confirmed_when_it_alone_changes_answers_that_stay_whole(
     assert found.is_confirmed is is_confirmed
     assert why in found.reason
     assert found.n == 40
+    assert "nan" not in found.in_words()
     start = "sensitive: confirmed: " if is_confirmed else "sensitive: not confirmed: "
     assert found.in_words().startswith(start)
 
