@@ -31,7 +31,7 @@ from moescope.probe.rendering import ChatTemplate, render_prompt
 from moescope.probe.routers import RouterSite
 from moescope.steering.evaluation import STEERED, UNSTEERED
 from moescope.steering.generate import Asker, Progress, judged, proved_sites
-from moescope.steering.rates import Measured, mean_over_units, measured_frame, rate
+from moescope.steering.rates import Measured, mean_over_units, measured_frame, rate, unit_of
 
 #: Given the model's proved routers, the block in which `generate` decodes otherwise.
 Decoding: TypeAlias = Callable[[Sequence[RouterSite]], AbstractContextManager[Any]]
@@ -288,10 +288,7 @@ def _rows(
     prompts: Sequence[Prompt], conditions: Sequence[DecodedCondition], seed: int
 ) -> list[Measured]:
     """Rates of each outcome in every condition, and their paired changes against the first."""
-    units = [
-        f"pair {prompt.pair_id}" if prompt.pair_id is not None else f"prompt {prompt.prompt_id}"
-        for prompt in prompts
-    ]
+    units = [unit_of(prompt) for prompt in prompts]
     rows: list[Measured] = []
     for condition in conditions:
         for outcome in OUTCOMES:

@@ -8,7 +8,7 @@ from moescope.probe.outcomes import OUTCOMES
 from moescope.probe.prompts import Prompt, prompt_field
 from moescope.steering.evaluation import STEERED, UNLABELLED, UNSTEERED, Condition
 from moescope.steering.fluency import FluencyJudge
-from moescope.steering.rates import Measured, mean_over_units, rate
+from moescope.steering.rates import Measured, mean_over_units, rate, unit_of
 from moescope.steering.report import SteeringReport
 
 
@@ -22,10 +22,7 @@ def evaluation_rows(
     prompts: Sequence[Prompt], groups: Sequence[str], conditions: Sequence[Condition], seed: int
 ) -> list[Measured]:
     """All rows of an evaluation but those of the bars, the unsteered condition first."""
-    units = [
-        f"pair {prompt.pair_id}" if prompt.pair_id is not None else f"prompt {prompt.prompt_id}"
-        for prompt in prompts
-    ]
+    units = [unit_of(prompt) for prompt in prompts]
     rows: list[Measured] = []
     for condition in conditions:
         for group in sorted(set(groups)):

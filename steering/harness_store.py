@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 
 from moescope.steering.harness_run import HarnessResult
+from moescope.steering.stored_rows import append_plans, timestamp
 
 
 def store_tasks(store_path: str | Path, result: HarnessResult) -> None:
@@ -25,19 +26,8 @@ def store_tasks(store_path: str | Path, result: HarnessResult) -> None:
     """
     from moescope.probe.storage.locks import append
 
-    created = pa.scalar(result.created_at, pa.timestamp("us", tz="UTC"))
     plans = [one.plan for one in result.conditions if one.plan is not None]
-    if plans:
-        append(
-            store_path,
-            "plans",
-            pa.table({
-                "plan_id": [plan.plan_id for plan in plans],
-                "name": pa.array([plan.name for plan in plans], pa.string()),
-                "created_at": pa.repeat(created, len(plans)),
-                "plan": [json.dumps(plan.to_dict(), ensure_ascii=False) for plan in plans],
-            }),
-        )  # fmt: skip
+    append_plans(store_path, plans, result.created_at)
     rows = [*_scores(result), *_achieved(result)]
     schema = pa.schema([
         ("plan_id", pa.string()), ("condition", pa.string()), ("set_name", pa.string()),
@@ -45,7 +35,7 @@ def store_tasks(store_path: str | Path, result: HarnessResult) -> None:
         ("high", pa.float64()), ("n", pa.int32()), ("details", pa.string()),
     ])  # fmt: skip
     table = pa.Table.from_pylist(rows, schema=schema)
-    table = table.append_column("created_at", pa.repeat(created, len(rows)))
+    table = table.append_column("created_at", pa.repeat(timestamp(result.created_at), len(rows)))
     table = table.append_column(
         "evaluation_id", pa.repeat(pa.scalar(result.evaluation_id), len(rows))
     )

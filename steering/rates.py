@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from moescope.probe.analysis.statistics import bootstrap_weights, percentile_interval
+from moescope.probe.prompts import Prompt
 
 _DRAWS = 2_000
 
@@ -35,6 +36,11 @@ class Measured:
     low: float | None = None
     high: float | None = None
     n: int
+
+
+def unit_of(prompt: Prompt) -> str:
+    """What was sampled independently: the pair, or the prompt itself."""
+    return f"pair {prompt.pair_id}" if prompt.pair_id is not None else f"prompt {prompt.prompt_id}"
 
 
 def measured_frame(rows: Sequence[Measured]) -> pd.DataFrame:

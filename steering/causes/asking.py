@@ -31,6 +31,7 @@ from moescope.steering.causes.targets import (
     target_rows,
 )
 from moescope.steering.generate import judged
+from moescope.steering.rates import unit_of
 
 TargetName = Literal["opening", "answer", "loss", "own"]
 TARGETS: Final[tuple[TargetName, ...]] = get_args(TargetName)
@@ -177,11 +178,6 @@ def _takes_part(target: TargetName, prompt: Prompt, own: Mapping[int, OwnAnswer]
         return True
     answer = own[prompt.prompt_id]
     return bool(answer.text) and answer.outcome in _OWN_ANSWER[target]
-
-
-def unit_of(prompt: Prompt) -> str:
-    """What was sampled independently: the pair, or the prompt itself."""
-    return f"pair {prompt.pair_id}" if prompt.pair_id is not None else f"prompt {prompt.prompt_id}"
 
 
 def _target(name: TargetName, answers: Mapping[int, str], num_tokens: int | None) -> Target:
