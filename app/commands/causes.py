@@ -45,6 +45,10 @@ TargetOption = Annotated[
     ),
 ]
 ModeOption = Annotated[str, typer.Option(help="How experts go: drop, drop_renorm, replace.")]
+OpeningOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Of opening: tokens of each text that count; 4 without it."),
+]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Only so many prompts, drawn.")]
 SeedOption = Annotated[int, typer.Option(help="Of everything drawn at random.")]
 
@@ -67,14 +71,19 @@ def attribute(
             "also where it is not selected, from one backward pass for 16 experts of a layer."
         ),
     ] = "gradient",
-    mode: ModeOption = "drop",
-    opening_tokens: Annotated[
-        int, typer.Option(min=1, help="Of opening: tokens of each text that count.")
-    ] = 4,
-    passes: Annotated[int, typer.Option(min=1, help="Of integrated.")] = 5,
+    mode: Annotated[
+        str | None, typer.Option(help="How experts go: drop (as without it), drop_renorm, replace.")
+    ] = None,
+    opening_tokens: OpeningOption = None,
+    passes: Annotated[int | None, typer.Option(min=1, help="Of integrated; 5 without it.")] = None,
     checked: Annotated[
-        int, typer.Option(min=0, help="Experts whose exact effect is measured beside estimates.")
-    ] = 24,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Of gradient and integrated: experts whose exact effect is measured beside the "
+            "estimate; 24 without it.",
+        ),
+    ] = None,
     contrast: Annotated[
         Path | None, typer.Option(help="A contrast's table, whose columns are set beside.")
     ] = None,
@@ -105,8 +114,18 @@ def attribute(
     """
     from moescope.probe.analysis.export import check_suffix, write_frame
 
-    known_target, known_mode = _target(target), _mode(mode)
+    known_target, known_mode = _target(target), _mode(mode or "drop")
     chosen = _method(method)
+    estimates = chosen in ("gradient", "integrated")
+    _refuse_idle("--method", chosen, {
+        "--mode": mode is not None and chosen == "force",
+        "--passes": passes is not None and chosen != "integrated",
+        "--checked": checked is not None and not estimates,
+        "--store": store is not None and chosen != "exact",
+    })  # fmt: skip
+    _refuse_idle("--target", known_target, {
+        "--opening-tokens": opening_tokens is not None and known_target != "opening",
+    })  # fmt: skip
     if out is not None:
         check_suffix(out)
     if (take is None) != (plan is None):
@@ -114,10 +133,10 @@ def attribute(
     asked = select_prompts(prompts, where)
     beside = None if contrast is None else _contrast(contrast)
     bundle = load(model, device, dtype, trust_remote_code)
-    question = _ask(bundle, asked, known_target, opening_tokens, limit, seed)
+    question = _ask(bundle, asked, known_target, opening_tokens or 4, limit, seed)
     frame, notes = _effects(
-        bundle, question, chosen, known_mode, passes=passes, checked=checked, seed=seed,
-        store=store,
+        bundle, question, chosen, known_mode, passes=passes or 5,
+        checked=24 if checked is None else checked, seed=seed, store=store,
     )  # fmt: skip
     if beside is not None:
         frame = frame.merge(beside, on=["layer", "expert"], how="left")
@@ -125,11 +144,13 @@ def attribute(
         _write_plan(bundle, frame, take, plan, question.name, chosen, known_mode)
     if out is not None:
         write_frame(frame, out)
+    said = [f"{bundle.name}: {question.note}", *notes]
     if as_json:
+        for note in said:
+            console.say(note)
         console.print_frame(frame, as_json=True)
         return
-    console.emit(f"{bundle.name}: {question.note}")
-    for note in notes:
+    for note in said:
         console.emit(note)
     console.print_frame(frame.head(rows))
     if len(frame) > rows:
@@ -149,11 +170,13 @@ def plan_search(
     ] = 0.05,
     mode: ModeOption = "replace",
     bound: Annotated[
-        float, typer.Option(help="Nats beyond which a prompt's target is as good as won.")
-    ] = 10.0,
-    opening_tokens: Annotated[
-        int, typer.Option(min=1, help="Of opening: tokens of each text that count.")
-    ] = 4,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Of opening: nats beyond which a prompt is as good as won; 10 without it.",
+        ),
+    ] = None,
+    opening_tokens: OpeningOption = None,
     exact: Annotated[int, typer.Option(min=1, help="Experts measured exactly in a step.")] = 8,
     beam: Annotated[int, typer.Option(min=1, help="Sets carried on side by side.")] = 1,
     group: Annotated[int, typer.Option(min=1, help="Experts that join in a step.")] = 1,
@@ -184,6 +207,10 @@ def plan_search(
     from moescope.steering.causes.found import search_and_confirm
 
     known_target, known_mode = _target(target), _mode(mode)
+    _refuse_idle("--target", known_target, {
+        "--opening-tokens": opening_tokens is not None and known_target != "opening",
+        "--bound": bound is not None and known_target != "opening",
+    })  # fmt: skip
     asked = select_prompts(prompts, where)
     about = [one for one in asked if one.label != neutral]
     beside = [one for one in asked if one.label == neutral]
@@ -191,8 +218,9 @@ def plan_search(
     with console.progress("searching", "experts") as update:
         found = search_and_confirm(
             bundle, about, beside, known_target, max_experts=max_experts, budget=budget,
-            mode=known_mode, bound=bound, num_tokens=opening_tokens, num_exact=exact, beam=beam,
-            group=group, most=limit, num_random=random_sets, seed=seed, name=name,
+            mode=known_mode, bound=10.0 if bound is None else bound,
+            num_tokens=opening_tokens or 4, num_exact=exact, beam=beam, group=group,
+            most=limit, num_random=random_sets, seed=seed, name=name,
             told=lambda _, done, total: update(done, total),
         )  # fmt: skip
     if found.plan is not None:
@@ -295,8 +323,20 @@ def _contrast(path: Path) -> pd.DataFrame:
     names = [
         one for one in ("score", "risk_difference", "effect", "q", "confirmed") if one in table
     ]
+    if table.duplicated(["layer", "expert"]).any():
+        raise InputError(
+            f"{path}: the table names an expert twice; a contrast beside effects has one row for "
+            "each layer and expert"
+        )
     renamed = {one: f"contrast_{one}" for one in names}
     return table[["layer", "expert", *names]].rename(columns=renamed)
+
+
+def _refuse_idle(option: str, value: str, given: dict[str, bool]) -> None:
+    """Refuse options that would do nothing beside another one's value."""
+    for name, is_idle in given.items():
+        if is_idle:
+            raise InputError(f"{name} means nothing with {option} {value}; leave it out")
 
 
 def _target(name: str) -> TargetName:

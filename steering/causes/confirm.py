@@ -147,4 +147,5 @@ def _judge(
         return False, "a random set does as much"
     if rise is not None and rise > budget:
         return False, f"it costs more than the budget of {budget:g}"
-    return True, "no random set does as much, within the budget"
+    kept = "without a budget to keep to" if rise is None else "within the budget"
+    return True, f"no random set does as much, {kept}"

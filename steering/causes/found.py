@@ -16,12 +16,12 @@ from moescope.steering.causes.asking import (
     Question,
     TargetName,
     ask,
-    unit_of,
 )
 from moescope.steering.causes.confirm import Confirmed, confirm_set, halves_of_units
 from moescope.steering.causes.keys import Mode
 from moescope.steering.causes.search import Aim, FoundSet, Told, search_set
 from moescope.steering.plan import SteeringPlan
+from moescope.steering.rates import unit_of
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,8 @@ def search_and_confirm(
     notes = [f"searched: {question.note}", f"confirmed: {other.note}"]
     if cost is not None:
         notes.insert(1, f"cost: {cost.note}; budget {budget:g} nats a token")
+    else:
+        notes.insert(1, "cost: none, because no neutral prompt was given: there is no budget")
     if not found.steps:
         return SearchedPlan(found, None, None, tuple(notes))
     plan = found.plan(name=name, model=bundle.name, provenance={"target": target, "seed": seed})

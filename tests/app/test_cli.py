@@ -439,3 +439,23 @@ def test_plans_are_made_by_strategies_and_of_other_plans(tmp_path: Path) -> None
     }.items():
         done = moescope("plan", "from-table", table, "--out", other, *words)
         assert done.returncode == 2 and said in done.stderr, done.stderr
+
+
+def test_options_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
+    twice = tmp_path / "twice.csv"
+    twice.write_text("layer,expert,score\n0,1,2\n0,1,3\n")
+    asked = ("demo", "--prompts", "refusal")
+    for words, said in {
+        ("attribute", *asked, "--passes", "3"): "--passes means nothing with --method gradient",
+        ("attribute", *asked, "--method", "exact", "--checked", "3"): "--checked means nothing",
+        ("attribute", *asked, "--method", "force", "--mode", "drop"): "--mode means nothing",
+        ("attribute", *asked, "--store", tmp_path / "s.duckdb"): "--store means nothing",
+        ("attribute", *asked, "--target", "answer", "--opening-tokens", "2"): "--target answer",
+        ("attribute", *asked, "--take", "3"): "--take and --plan go together",
+        ("attribute", *asked, "--contrast", twice): "names an expert twice",
+        ("plan", "search", *asked, "--out", tmp_path / "p.json", "--target", "answer",
+         "--bound", "3"): "--bound means nothing with --target answer",
+    }.items():  # fmt: skip
+        done = moescope(*words)
+        assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert not (tmp_path / "s.duckdb").exists() and not (tmp_path / "p.json").exists()

@@ -152,9 +152,11 @@ def test_causes_name_the_planted_expert_and_no_other(tmp_path: Path) -> None:
     (mask,) = json.loads(plan.read_text())["interventions"]
     assert (mask["layer"], mask["experts"]) == (2, [3])
     prompts, table = tmp_path / "questions.jsonl", tmp_path / "effects.csv"
-    for method, column in (("exact", "effect"), ("gradient", "estimate")):
+    for method, column, more in (
+        ("exact", "effect", ()), ("gradient", "estimate", ("--checked", "3")),
+    ):  # fmt: skip
         moescope("attribute", model, "--prompts", prompts, "--opening-tokens", "1", "--method",
-                 method, "--checked", "3", "--out", table)  # fmt: skip
+                 method, *more, "--out", table)  # fmt: skip
         effects = pd.read_csv(table)
         assert len(effects) == 3 * 8
         assert (effects["layer"][0], effects["expert"][0]) == (2, 3)

@@ -182,6 +182,9 @@ def test_questions_take_only_prompts_that_can_be_asked() -> None:
     assert len(ask(bundle, sensitive, "own", known=said).prompts) == len(sensitive)
     with pytest.raises(InputError, match="there is none"):
         ask(bundle, neutral, "opening")
+    free = search_and_confirm(bundle, sensitive, [], "opening", num_tokens=1, num_random=3)
+    assert any("there is no budget" in note for note in free.notes)
+    assert free.confirmed is not None and "without a budget" in free.confirmed.reason
     single = [sensitive[0], neutral[0]]
     with pytest.raises(InputError, match="at least two units"):
         search_and_confirm(bundle, single[:1], [], "opening")
