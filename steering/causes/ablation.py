@@ -21,7 +21,6 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from moescope.probe.analysis.statistics import bootstrap_weights, percentile_interval
 from moescope.probe.models import ModelBundle
 from moescope.probe.rendering import RenderedPrompt
 from moescope.steering.apply import steer
@@ -38,6 +37,7 @@ from moescope.steering.causes.restart import (
 )
 from moescope.steering.causes.scan_plan import ScanPlan, Via, planned_scan
 from moescope.steering.causes.scan_store import ScanChunk, ScanStore
+from moescope.steering.causes.shares import effect_columns
 from moescope.steering.causes.stored_batch import StoredBatch, store_batch
 from moescope.steering.causes.targets import TargetRow
 from moescope.steering.plan import SteeringPlan
@@ -45,7 +45,6 @@ from moescope.steering.plan import SteeringPlan
 Progress = Callable[[int, int], None]
 FloatArray = NDArray[np.float64]
 
-_DRAWS = 2_000
 #: Logits made at once; they take most of the memory of a forward.
 _LOGITS = 2**26
 
@@ -77,31 +76,29 @@ class AblationScan:
     notes: tuple[str, ...] = ()
     num_found: int = 0
 
-    def frame(self, units: Sequence[str], *, seed: int = 0, draws: int = _DRAWS) -> pd.DataFrame:
+    def frame(self, units: Sequence[str], *, seed: int = 0) -> pd.DataFrame:
         """One row per expert.
 
         Args:
             units: of each prompt, what was sampled independently (`pair_id`, else the prompt).
             seed: of the bootstrap.
-            draws: of the bootstrap.
 
         Returns:
             `layer, kind, expert, effect` (mean over prompts), `low, high` (95 %, whole units drawn
             with replacement; NaN with fewer than two units), `n` (prompts), `num_prompts_used`
             (prompts with a token that uses the expert), `num_units`.
         """
-        low_X, high_X, num_units = _interval(self.effects, units, seed, draws)
+        if len(units) != self.effects.shape[1]:
+            raise ValueError(f"{len(units)} units were given for {self.effects.shape[1]} prompts")
+        columns = effect_columns(self.effects, units, seed)
         layers, kinds, experts = zip(*self.experts, strict=True) if self.experts else ((), (), ())
         return pd.DataFrame({
             "layer": np.array(layers, dtype=np.int64),
             "kind": list(kinds),
             "expert": np.array(experts, dtype=np.int64),
-            "effect": self.effects.mean(1),
-            "low": low_X,
-            "high": high_X,
-            "n": self.effects.shape[1],
+            **columns,
             "num_prompts_used": (self.tokens_used > 0).sum(1),
-            "num_units": num_units,
+            "num_units": len(set(units)),
         })  # fmt: skip
 
 
@@ -293,26 +290,3 @@ class _Scanner:
             step = min(most, max(1, self.tokens_per_forward // width))
             yield torch.arange(start, min(start + step, len(pairs)))
             start += step
-
-
-def _interval(
-    effects_XP: FloatArray, units: Sequence[str], seed: int, draws: int
-) -> tuple[FloatArray, FloatArray, int]:
-    """Percentile bootstrap of the mean over prompts, whole units drawn; [X] each."""
-    _, unit_P = np.unique(np.asarray(units, dtype=object).astype(str), return_inverse=True)
-    num_units = int(unit_P.max()) + 1
-    if len(unit_P) != effects_XP.shape[1]:
-        raise ValueError(f"{len(unit_P)} units were given for {effects_XP.shape[1]} prompts")
-    if num_units < 2:
-        missing = np.full(len(effects_XP), np.nan)
-        return missing, missing, num_units
-    is_of_PU = np.zeros((len(unit_P), num_units))
-    is_of_PU[np.arange(len(unit_P)), unit_P] = 1.0
-    weights_DU = bootstrap_weights(num_units, draws, np.random.default_rng(seed))
-    counts_D1 = (weights_DU @ is_of_PU.sum(0))[:, None]
-    low_X, high_X = np.zeros((2, len(effects_XP)))
-    for start in range(0, len(effects_XP), 512):
-        some = slice(start, start + 512)
-        sums_UX = is_of_PU.T @ effects_XP[some].T
-        low_X[some], high_X[some] = percentile_interval(weights_DU @ sums_UX / counts_D1)
-    return low_X, high_X, num_units

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from moescope.probe.analysis.statistics import bootstrap_weights, percentile_interval
 
 _DRAWS = 2_000
+#: Rows whose draws are held at once; a model can have many thousand experts.
+_AT_ONCE = 512
 
 
 def effect_columns(
@@ -54,13 +56,18 @@ def share_columns(
     is_in_PU = np.zeros((len(units), num_units))
     is_in_PU[np.arange(len(units)), unit_of] = 1.0
     part_XU, whole_U = parts_XP @ is_in_PU, wholes_P @ is_in_PU
-    low = high = np.full(len(part_XU), np.nan)
+    low, high = np.full((2, len(part_XU)), np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         share = part_XU.sum(1) / whole_U.sum()
         if num_units > 1:
             weights_DU = bootstrap_weights(num_units, _DRAWS, np.random.default_rng(seed))
-            draws_DX = (weights_DU @ part_XU.T) / (weights_DU @ whole_U)[:, None]
-            low, high = percentile_interval(np.where(np.isfinite(draws_DX), draws_DX, np.nan))
+            wholes_D1 = (weights_DU @ whole_U)[:, None]
+            for start in range(0, len(part_XU), _AT_ONCE):
+                some = slice(start, start + _AT_ONCE)
+                draws_DX = (weights_DU @ part_XU[some].T) / wholes_D1
+                low[some], high[some] = percentile_interval(
+                    np.where(np.isfinite(draws_DX), draws_DX, np.nan)
+                )
     return {
         "share": np.where(np.isfinite(share), share, np.nan),
         "share_low": low,
